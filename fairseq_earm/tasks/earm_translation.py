@@ -1,0 +1,87 @@
+"""Translation whose candidates may be ordered by the model's own energy, and which loses no sentence in evaluation."""
+import logging
+import math
+from dataclasses import dataclass, field
+
+from fairseq.dataclass import ChoiceEnum
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+from fairseq_earm.reranking import EnergyReranker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EarmTranslationConfig(TranslationConfig):
+    energy_rerank: bool = field(
+        default=False,
+        metadata={
+            "help": "order candidates by (log q(x|source) + energy-weight * log mu(x)) / length^lenpen, log mu being the "
+            "logsumexp of the logits at the last step; H- and D-lines then show this score in base 2, P-lines still log q"
+        },
+    )
+    energy_weight: float = field(default=1.0, metadata={"help": "weight of log mu, 0 or more; 0 is the stock order"})
+    energy_select: ChoiceEnum(["best", "resample"]) = field(
+        default="best",
+        metadata={
+            "help": "best: sort candidates by score. resample: with --sampling, draw one of them with probability "
+            "proportional to mu^energy-weight (Algorithm 1) and order the others by further draws, repeatable by --seed; "
+            "with top-k, top-p or a temperature the weights are relative to that truncated proposal"
+        },
+    )
+    energy_step: ChoiceEnum(["last", "post"]) = field(
+        default="last",
+        metadata={
+            "help": "step at which log mu is read: last, the step of end-of-sentence; post, the one after it, for models "
+            "trained with --earm-energy-steps post"
+        },
+    )
+
+
+@register_task("earm_translation", dataclass=EarmTranslationConfig)
+class EarmTranslationTask(TranslationTask):
+    """fairseq's `translation` with energy reranking; its flags, data and checkpoints are those of `translation`.
+
+    Raises:
+        ValueError: an energy weight that is negative or not finite.
+    """
+
+    def __init__(self, cfg: EarmTranslationConfig, src_dict, tgt_dict):
+        super().__init__(cfg, src_dict, tgt_dict)
+        _check_energy_flags(cfg)
+
+    def build_generator(self, models, args, *rest, **kwargs):
+        """The stock generator, wrapped in an `EnergyReranker` under `--energy-rerank`."""
+        generator = super().build_generator(models, args, *rest, **kwargs)
+        if not self.cfg.energy_rerank:
+            return generator
+        return EnergyReranker(
+            generator,
+            models,
+            weight=self.cfg.energy_weight,
+            select=self.cfg.energy_select,
+            energy_step=self.cfg.energy_step,
+        )
+
+    def get_batch_iterator(self, dataset, *args, **kwargs):
+        """The stock iterator, keeping the last batch of everything but training data.
+
+        fairseq's main branch drops a split's last batch unless its size is a multiple of --required-batch-size-multiple.
+        Only the trainer passes an epoch, so that generating from the training subset keeps its last batch too.
+        """
+        training = dataset is self.datasets.get(self.cfg.train_subset) and "epoch" in kwargs
+        if not training:
+            kwargs["required_batch_size_multiple"] = 1
+        return super().get_batch_iterator(dataset, *args, **kwargs)
+
+
+def _check_energy_flags(cfg: EarmTranslationConfig) -> None:
+    if not (math.isfinite(cfg.energy_weight) and cfg.energy_weight >= 0):
+        raise ValueError(f"--energy-weight {cfg.energy_weight} is not a finite number of 0 or more")
+    if cfg.energy_rerank:
+        return
+    defaults = {"energy_weight": 1.0, "energy_select": "best", "energy_step": "last"}
+    idle = [f"--{name.replace('_', '-')} {cfg[name]}" for name, value in defaults.items() if cfg[name] != value]
+    if idle:
+        logger.warning("%s without --energy-rerank: no effect", ", ".join(idle))

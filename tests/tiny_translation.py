@@ -1,0 +1,62 @@
+"""A tiny parallel text, a model trained on it and fairseq's commands run inside this process."""
+import contextlib
+import importlib
+import io
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+PLUGIN = str(Path(__file__).resolve().parents[1] / "fairseq_earm")
+WORDS = "a b c d e f g h".split()
+ARCH = (
+    "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 "
+    "--encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 --encoder-attention-heads 2 --decoder-attention-heads 2 "
+    "--share-decoder-input-output-embed --dropout 0.1 "
+).split()
+OPTIMISATION = (
+    "--optimizer adam --lr 0.02 --clip-norm 1.0 --batch-size 32 --max-epoch 4 --cpu --no-progress-bar "
+    "--no-epoch-checkpoints --no-last-checkpoints --num-workers 0 --log-format simple "
+).split()
+
+
+def command(name, *arguments, stdin=""):
+    """Run `fairseq-{name}` here, with the plugin, and return what it printed."""
+    module = importlib.import_module(f"fairseq_cli.{name}")
+    plugin = [] if "--user-dir" in arguments or name == "preprocess" else ["--user-dir", PLUGIN]
+    argv = [f"fairseq-{name}", *map(str, arguments), *plugin]
+    printed = io.StringIO()
+    with mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+        with contextlib.redirect_stdout(printed):
+            module.cli_main()
+    return printed.getvalue()
+
+
+def sentence_pair(rng):
+    """Target: the source's words from last to first, each kept, doubled or replaced by x."""
+    source = [rng.choice(WORDS) for _ in range(rng.randint(1, 6))]
+    target = [w for word in reversed(source) for w in rng.choice([[word], [word], [word, word], ["x"]])]
+    return " ".join(source), " ".join(target)
+
+
+def write_text(folder, sizes, seed=0):
+    rng = random.Random(seed)
+    for split, size in sizes.items():
+        pairs = [sentence_pair(rng) for _ in range(size)]
+        for side, language in enumerate(("src", "tgt")):
+            (folder / f"{split}.{language}").write_text("".join(pair[side] + "\n" for pair in pairs))
+
+
+def build(folder):
+    """Text of 400, 60 and 7 sentences, binarised, with two models `a` and `b` trained by task `earm_translation`."""
+    write_text(folder, {"train": 400, "valid": 60, "test": 7})
+    data = folder / "data"
+    prefixes = [f"--{'valid' if s == 'valid' else s}pref={folder / s}" for s in ("train", "valid", "test")]
+    command("preprocess", "-s", "src", "-t", "tgt", *prefixes, "--destdir", data, "--workers", 1)
+    models = {}
+    for seed, name in enumerate("ab", start=1):
+        save = ["--save-dir", folder / name, "--seed", seed, "--criterion", "cross_entropy"]
+        log = command("train", data, "--task", "earm_translation", *ARCH, *OPTIMISATION, *save)
+        models[name] = folder / name / "checkpoint_best.pt"
+    return SimpleNamespace(folder=folder, data=data, **models)
