@@ -14,7 +14,7 @@ read_options() {
     while [ $# -gt 0 ]; do
         case "$1" in
             -h|--help) usage; exit 0 ;;
-            --from|--out|--workers) [ $# -gt 1 ] || fail "$1 needs a value" ;;
+            --from|--out|--workers) case "${2:---}" in --*) fail "$1 needs a value" ;; esac ;;
             -*) fail "unknown option $1 (see --help)" ;;
         esac
         case "$1" in
