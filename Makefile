@@ -1,0 +1,33 @@
+# make setup    creates .venv and installs the pinned versions into it (some minutes)
+# make test     runs the tests with coverage; creates .venv when it is missing
+# make demo     runs the synthetic demonstration; creates .venv when it is missing
+# make clean    removes .venv and everything built
+#
+# PYTHON=python3.10 make setup   chooses the interpreter: 3.11 and 3.12 get the fork of fairseq's last main,
+#                                3.9 and 3.10 stock fairseq 0.12.2. Default: the first supported one found.
+# pip's own variables choose the build of torch, for example
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+
+JOBS ?= 2
+BIN := .venv/bin
+
+.PHONY: help setup test demo clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+setup:
+	@./install.sh $(PYTHON)
+
+.venv/installed: install.sh setup.py constraints.txt constraints-stock.txt
+	@./install.sh $(PYTHON)
+
+# One thread each: the tests are small, and JOBS of them run side by side.
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term --cov-fail-under=95 $(ARGS)
+
+demo: .venv/installed
+	$(BIN)/python examples/synthetic/demo.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .coverage .coverage.*

@@ -1,0 +1,9 @@
+"""E-ARM and residual energy-based models for fairseq. Importing this package, as --user-dir does, registers them."""
+if __name__ != "fairseq_earm":
+    raise ImportError(f"--user-dir must end in a folder called fairseq_earm, not {__name__}: its modules import each other by it.")
+
+from fairseq_earm import compat
+
+compat.apply()
+
+from fairseq_earm import criterions, tasks  # noqa: E402

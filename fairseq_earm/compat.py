@@ -1,0 +1,298 @@
+"""Every accommodation to the versions of Python, fairseq, torch and numpy, each guarded, each with its reason.
+
+`apply()` makes them all; making them again changes nothing. fairseq is imported only inside functions, so that
+`check_versions()` can speak before fairseq fails on its own.
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import re
+import sys
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
+
+logger = logging.getLogger("fairseq_earm")
+
+Version = Tuple[int, int]
+
+FORK = "fairseq-fixed"
+STOCK = "fairseq"
+
+
+class Row(NamedTuple):
+    """One row of the support matrix: the fairseq and the ranges (first, last) in which it was tested."""
+
+    fairseq: str
+    torch: Tuple[Version, Version]
+    numpy: Tuple[Version, Version]
+    omegaconf: Tuple[Version, Version]
+
+
+ROWS = {
+    FORK: Row("0.12.3.1", torch=((2, 13), (2, 13)), numpy=((2, 0), (2, 99)), omegaconf=((2, 3), (2, 3))),
+    STOCK: Row("0.12.2", torch=((1, 13), (2, 5)), numpy=((1, 20), (1, 23)), omegaconf=((2, 0), (2, 3))),
+}
+
+
+def apply() -> None:
+    """Refuse what cannot work, mend what can."""
+    check_versions()
+    restore_numpy_names()
+    allow_checkpoint_types()
+    trust_broadcast_between_workers()
+    avoid_encoder_fast_path()
+    drop_fast_path_weights()
+    report_left_out_sentences()
+    refuse_to_spawn_nothing()
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def check_versions() -> None:
+    """Say in one line that the installed versions cannot work together (ImportError) or were not tested (a warning)."""
+    found = {name: _installed(name) for name in (FORK, STOCK, "torch", "numpy", "omegaconf")}
+    if not found[FORK] and not found[STOCK] and importlib.util.find_spec("fairseq"):
+        found[STOCK] = "from a source folder"
+    problem = unsupported(sys.version_info[:2], found)
+    if problem:
+        raise ImportError(f"fairseq-earm: {problem}")
+    remark = untested(found)
+    if remark:
+        _warn_once(f"fairseq-earm: {remark}")
+
+
+def unsupported(python: Version, found: Dict[str, Optional[str]]) -> Optional[str]:
+    """What cannot work and its remedy in one line, or None. `found` maps distributions to versions, None if missing."""
+    remedy = f"{FORK}=={ROWS[FORK].fairseq}" if python >= (3, 11) else f"{STOCK}=={ROWS[STOCK].fairseq}"
+    if not (3, 9) <= python <= (3, 12):
+        return f"Python {_dotted(python)} is not supported; use Python 3.9 to 3.12."
+    if found[FORK] and found[STOCK]:
+        return f"{FORK} and {STOCK} overwrite each other; pip uninstall -y {FORK} {STOCK}, then install {remedy}."
+    if not found[FORK] and not found[STOCK]:
+        return f"fairseq is not installed; `make setup` installs {remedy} with all it needs."
+    if found[STOCK] == ROWS[STOCK].fairseq and python >= (3, 11):
+        return f"stock fairseq {found[STOCK]} does not run on Python {_dotted(python)}; install {remedy} instead."
+    if found[FORK] and python < (3, 11):
+        return f"{FORK} needs Python 3.11 or 3.12, this is {_dotted(python)}; install {remedy} instead."
+    for name in ("torch", "numpy", "omegaconf"):
+        if not found[name]:
+            return f"{name} is not installed; `make setup` installs everything."
+    if parse(found["torch"]) < (1, 13):
+        return f"torch {found['torch']} is too old; install torch 1.13.1 or later."
+    if found[STOCK] == ROWS[STOCK].fairseq and parse(found["numpy"]) >= (1, 24):
+        return f"stock fairseq {found[STOCK]} does not run with numpy {found['numpy']}; pip install 'numpy<1.24'."
+    return None
+
+
+def untested(found: Dict[str, Optional[str]]) -> Optional[str]:
+    """Which of the installed versions lie outside the support matrix, in one line, or None."""
+    name = FORK if found[FORK] else STOCK
+    row = ROWS[name]
+    strange = [] if found[name] == row.fairseq else [f"{name} {found[name]} (tested: {row.fairseq})"]
+    for other in ("torch", "numpy", "omegaconf"):
+        first, last = getattr(row, other)
+        if not first <= parse(found[other]) <= last:
+            strange.append(f"{other} {found[other]} (tested with {name}: {_dotted(first)} to {_dotted(last)})")
+    return f"not tested with {', '.join(strange)}; `make setup` installs tested versions." if strange else None
+
+
+def parse(version: str) -> Version:
+    """'2.13.0+cpu' → (2, 13)."""
+    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
+    return int(major), int(minor)
+
+
+def _dotted(version: Version) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _installed(name: str) -> Optional[str]:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- numpy and torch --------------------------------------------------------------------------------------------------
+
+
+def restore_numpy_names() -> None:
+    """numpy ≥ 1.24 has no np.int and np.float, numpy ≥ 2 no np.compat; the fork still uses them.
+
+    Language modelling with `--sample-break-mode eos` and length bucketing fail without np.compat.long.
+    """
+    import numpy as np
+
+    if parse(np.__version__) >= (1, 24):
+        for name, value in (("int", int), ("float", float), ("compat", argparse.Namespace(long=int))):
+            if not hasattr(np, name):
+                setattr(np, name, value)
+
+
+def allow_checkpoint_types() -> None:
+    """torch ≥ 2.6 loads only tensors and plain containers unless told otherwise.
+
+    fairseq's checkpoints hold the model's arguments as a Namespace, and the counts of `--eval-bleu` as numpy arrays;
+    checkpoints written with numpy 1 know the rebuilding function by its former name.
+    """
+    import numpy as np
+    import torch
+
+    if parse(torch.__version__) < (2, 6):
+        return
+    rebuild = np.zeros(1).__reduce__()[0]
+    torch.serialization.add_safe_globals(
+        [
+            argparse.Namespace,
+            np.ndarray,
+            np.dtype,
+            type(np.dtype("int64")),
+            (rebuild, "numpy.core.multiarray._reconstruct"),
+            (rebuild, "numpy._core.multiarray._reconstruct"),
+        ]
+    )
+
+
+def trust_broadcast_between_workers() -> None:
+    """On several workers a resume sends the checkpoint from the first to the others through torch.save and torch.load.
+
+    torch ≥ 2.6 refuses to load what is in it (the whole configuration). It comes from a worker of this very run, so
+    plain pickle will do.
+    """
+    import torch
+    from fairseq.distributed import utils
+
+    if parse(torch.__version__) < (2, 6):
+        return
+
+    def replace(original):
+        def broadcast(obj, src_rank, group, dist_device):
+            box = [obj]
+            torch.distributed.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
+            return box[0]
+
+        return broadcast
+
+    _wrap(utils, "_broadcast_object_slow", replace)
+
+
+# --- fairseq ----------------------------------------------------------------------------------------------------------
+
+
+def _encoder_layer() -> Tuple[type, bool]:
+    """fairseq's encoder layer, and whether it has the fast path of 0.12 (later versions took it out again)."""
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+    return TransformerEncoderLayerBase, "_load_from_state_dict" in vars(TransformerEncoderLayerBase)
+
+
+def avoid_encoder_fast_path() -> None:
+    """Stock fairseq's fast path calls torch as it was before 1.13: "Mask Type should be defined".
+
+    It is taken by encoders that were loaded and never trained, that is, by fairseq-generate.
+    """
+    layer, has_fast_path = _encoder_layer()
+    if not has_fast_path:
+        return
+
+    def replace(original):
+        def load(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.can_use_fastpath = False
+
+        return load
+
+    _wrap(layer, "_load_from_state_dict", replace)
+
+
+FAST_PATH_WEIGHTS = ("in_proj", "out_proj", "fc1", "fc2")
+
+
+def drop_fast_path_weights() -> None:
+    """Checkpoints of stock fairseq hold a second copy of each encoder layer's weights for the fast path.
+
+    A fairseq without the fast path finds these keys unexpected and refuses the checkpoint.
+    """
+    layer, has_fast_path = _encoder_layer()
+    if has_fast_path:
+        return
+
+    def replace(original):
+        def upgrade(self, state_dict, name):
+            original(self, state_dict, name)
+            for part in FAST_PATH_WEIGHTS:
+                for kind in ("weight", "bias"):
+                    state_dict.pop(f"{name}.{part}_{kind}", None)
+
+        return upgrade
+
+    _wrap(layer, "upgrade_state_dict_named", replace)
+
+
+def report_left_out_sentences() -> None:
+    """Versions of fairseq after 0.12.2 silently drop an incomplete last batch, of the test set too.
+
+    Batches stay as they are, but the number of sentences left out is said.
+    """
+    import numpy as np
+    from fairseq.data import data_utils
+
+    def replace(original):
+        def batch_by_size(indices, *args, **kwargs):
+            if not isinstance(indices, np.ndarray):
+                indices = np.fromiter(indices, dtype=np.int64, count=-1)
+            batches = original(indices, *args, **kwargs)
+            left_out = len(indices) - sum(len(batch) for batch in batches)
+            if left_out > 0:
+                _warn_once(
+                    f"fairseq leaves {left_out} of {len(indices)} sentences out of its batches; "
+                    "--required-batch-size-multiple 1 keeps them"
+                )
+            return batches
+
+        return batch_by_size
+
+    _wrap(data_utils, "batch_by_size", replace)
+
+
+def refuse_to_spawn_nothing() -> None:
+    """fairseq starts one worker per GPU; with none it starts none and exits with success, having trained nothing."""
+    import torch
+    from fairseq.distributed import utils
+
+    def replace(original):
+        def call_main(cfg, main, **kwargs):
+            distributed = cfg.distributed_training
+            spawns = distributed.distributed_init_method is not None and not distributed.distributed_no_spawn
+            if spawns and torch.cuda.device_count() == 0:
+                raise ValueError(
+                    "without a GPU fairseq starts no workers by itself; "
+                    "start them with torchrun and give --distributed-no-spawn"
+                )
+            original(cfg, main, **kwargs)
+
+        return call_main
+
+    _wrap(utils, "call_main", replace)
+
+
+# --- means ------------------------------------------------------------------------------------------------------------
+
+
+def _wrap(owner, name: str, replace: Callable) -> None:
+    """Replace owner.name by replace(owner.name), once however often it is asked for."""
+    original = getattr(owner, name)
+    if getattr(original, "is_fairseq_earm", False):
+        return
+    wrapper = functools.wraps(original)(replace(original))
+    wrapper.is_fairseq_earm = True
+    setattr(owner, name, wrapper)
+
+
+@functools.lru_cache(maxsize=None)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
