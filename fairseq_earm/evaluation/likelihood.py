@@ -134,6 +134,7 @@ def summarize(valid: CorpusScores, test: CorpusScores) -> dict:
     nll = -float(test.log_q.double().mean())
     return {
         "valid_nll": -float(valid.log_q.double().mean()),
+        "valid_joint_nll": float(joint_nll(*fit, temperature).upper),
         "nll": nll,
         "nll_per_token": -float(test.log_q.double().sum() / test.lengths.sum()),
         "dv": float(dv.shared),
