@@ -17,7 +17,6 @@ from typing import Callable, Dict, NamedTuple, Optional, Tuple
 logger = logging.getLogger("fairseq_earm")
 
 Version = Tuple[int, int]
-
 FORK = "fairseq-fixed"
 STOCK = "fairseq"
 
@@ -41,15 +40,13 @@ def apply() -> None:
     """Refuse what cannot work, mend what can."""
     check_versions()
     restore_numpy_names()
+    read_numpy_2_arrays()
     allow_checkpoint_types()
     trust_broadcast_between_workers()
     avoid_encoder_fast_path()
     drop_fast_path_weights()
     report_left_out_sentences()
     refuse_to_spawn_nothing()
-
-
-# --- versions ---------------------------------------------------------------------------------------------------------
 
 
 def check_versions() -> None:
@@ -117,13 +114,10 @@ def _installed(name: str) -> Optional[str]:
         return None
 
 
-# --- numpy and torch --------------------------------------------------------------------------------------------------
-
-
 def restore_numpy_names() -> None:
     """numpy ≥ 1.24 has no np.int and np.float, numpy ≥ 2 no np.compat; the fork still uses them.
 
-    Language modelling with `--sample-break-mode eos` and length bucketing fail without np.compat.long.
+    Without np.compat.long, language modelling with `--sample-break-mode eos` fails.
     """
     import numpy as np
 
@@ -131,6 +125,15 @@ def restore_numpy_names() -> None:
         for name, value in (("int", int), ("float", float), ("compat", argparse.Namespace(long=int))):
             if not hasattr(np, name):
                 setattr(np, name, value)
+
+
+def read_numpy_2_arrays() -> None:
+    """numpy < 1.26 does not know the names under which numpy ≥ 2 pickles arrays, so the other row's checkpoints."""
+    import numpy as np
+
+    if parse(np.__version__) < (1, 26):
+        sys.modules.setdefault("numpy._core", np.core)
+        sys.modules.setdefault("numpy._core.multiarray", np.core.multiarray)
 
 
 def allow_checkpoint_types() -> None:
@@ -180,9 +183,6 @@ def trust_broadcast_between_workers() -> None:
     _wrap(utils, "_broadcast_object_slow", replace)
 
 
-# --- fairseq ----------------------------------------------------------------------------------------------------------
-
-
 def _encoder_layer() -> Tuple[type, bool]:
     """fairseq's encoder layer, and whether it has the fast path of 0.12 (later versions took it out again)."""
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
@@ -209,9 +209,6 @@ def avoid_encoder_fast_path() -> None:
     _wrap(layer, "_load_from_state_dict", replace)
 
 
-FAST_PATH_WEIGHTS = ("in_proj", "out_proj", "fc1", "fc2")
-
-
 def drop_fast_path_weights() -> None:
     """Checkpoints of stock fairseq hold a second copy of each encoder layer's weights for the fast path.
 
@@ -224,7 +221,7 @@ def drop_fast_path_weights() -> None:
     def replace(original):
         def upgrade(self, state_dict, name):
             original(self, state_dict, name)
-            for part in FAST_PATH_WEIGHTS:
+            for part in ("in_proj", "out_proj", "fc1", "fc2"):
                 for kind in ("weight", "bias"):
                     state_dict.pop(f"{name}.{part}_{kind}", None)
 
@@ -278,9 +275,6 @@ def refuse_to_spawn_nothing() -> None:
         return call_main
 
     _wrap(utils, "call_main", replace)
-
-
-# --- means ------------------------------------------------------------------------------------------------------------
 
 
 def _wrap(owner, name: str, replace: Callable) -> None:

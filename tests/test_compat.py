@@ -1,0 +1,287 @@
+"""Each accommodation does what it is for, on whichever row of the support matrix is installed."""
+import argparse
+import copy
+import io
+import multiprocessing
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from fairseq.data import Dictionary, ListDataset, TokenBlockDataset, data_utils
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.distributed import utils as distributed_utils
+from fairseq.models.transformer import TransformerModel, base_architecture
+from fairseq.modules import DynamicCRF
+from omegaconf import OmegaConf
+
+from fairseq_earm import compat
+
+CHECKS_WHAT_IT_LOADS = compat.parse(torch.__version__) >= (2, 6)
+DROPS_LAST_BATCH = len(data_utils.batch_by_size.__wrapped__(np.arange(9), lambda i: 1, required_batch_size_multiple=8)) == 1
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The plugin's warnings, those given before forgotten."""
+    compat._warn_once.cache_clear()
+    yield lambda: [record.getMessage() for record in caplog.records if record.name == "fairseq_earm"]
+    compat._warn_once.cache_clear()
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+GOOD_FORK = {"fairseq-fixed": "0.12.3.1", "fairseq": None, "torch": "2.13.0+cpu", "numpy": "2.4.6", "omegaconf": "2.3.0"}
+GOOD_STOCK = {"fairseq-fixed": None, "fairseq": "0.12.2", "torch": "1.13.1", "numpy": "1.23.5", "omegaconf": "2.0.6"}
+
+
+def test_the_two_rows_are_accepted_without_a_word():
+    for python in ((3, 11), (3, 12)):
+        assert compat.unsupported(python, GOOD_FORK) is None
+    for python in ((3, 9), (3, 10)):
+        assert compat.unsupported(python, GOOD_STOCK) is None
+    assert compat.untested(GOOD_FORK) is None
+    assert compat.untested(GOOD_STOCK) is None
+
+
+@pytest.mark.parametrize(
+    "python, row, change, says",
+    [
+        ((3, 8), GOOD_STOCK, {}, "Python 3.8 is not supported; use Python 3.9 to 3.12"),
+        ((3, 13), GOOD_FORK, {}, "Python 3.13 is not supported"),
+        ((3, 11), GOOD_FORK, {"fairseq": "0.12.2"}, "pip uninstall -y fairseq-fixed fairseq, then install fairseq-fixed=="),
+        ((3, 10), GOOD_FORK, {"fairseq-fixed": None}, "fairseq is not installed; `make setup` installs fairseq==0.12.2"),
+        ((3, 12), GOOD_FORK, {"fairseq-fixed": None}, "fairseq is not installed; `make setup` installs fairseq-fixed==0.12.3.1"),
+        ((3, 11), GOOD_STOCK, {}, "stock fairseq 0.12.2 does not run on Python 3.11; install fairseq-fixed==0.12.3.1"),
+        ((3, 10), GOOD_FORK, {}, "needs Python 3.11 or 3.12, this is 3.10; install fairseq==0.12.2"),
+        ((3, 10), GOOD_STOCK, {"torch": None}, "torch is not installed"),
+        ((3, 10), GOOD_STOCK, {"torch": "1.9.1"}, "torch 1.9.1 is too old; install torch 1.13.1"),
+        ((3, 10), GOOD_STOCK, {"numpy": "1.26.4"}, "does not run with numpy 1.26.4; pip install 'numpy<1.24'"),
+    ],
+)
+def test_what_cannot_work_is_named_with_its_remedy(python, row, change, says):
+    problem = compat.unsupported(python, {**row, **change})
+    assert says in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    "row, change, says",
+    [
+        (GOOD_FORK, {"torch": "2.12.1"}, "torch 2.12.1 (tested with fairseq-fixed: 2.13 to 2.13)"),
+        (GOOD_FORK, {"numpy": "1.26.4"}, "numpy 1.26.4"),
+        (GOOD_FORK, {"fairseq-fixed": "0.12.4"}, "fairseq-fixed 0.12.4 (tested: 0.12.3.1)"),
+        (GOOD_STOCK, {"torch": "2.6.0", "omegaconf": "2.4.0"}, "omegaconf 2.4.0"),
+        (GOOD_STOCK, {"fairseq": "1.0.0a0"}, "fairseq 1.0.0a0"),
+    ],
+)
+def test_what_was_not_tested_is_remarked_on(row, change, says):
+    assert says in compat.untested({**row, **change})
+
+
+def test_an_impossible_combination_stops_the_import_with_one_line(monkeypatch):
+    monkeypatch.setattr(compat, "_installed", {**GOOD_FORK, "torch": "1.4.0", "fairseq": "0.12.2"}.get)
+    with pytest.raises(ImportError) as stopped:
+        compat.check_versions()
+    assert str(stopped.value).startswith("fairseq-earm: ")
+    assert "\n" not in str(stopped.value)
+
+
+def test_an_untested_combination_warns_once_in_one_line(monkeypatch, warnings):
+    found = {name: compat._installed(name) for name in GOOD_FORK}
+    monkeypatch.setattr(compat, "_installed", {**found, "torch": "2.99.0"}.get)
+    compat.check_versions()
+    compat.check_versions()
+    [line] = warnings()
+    assert "torch 2.99.0" in line and "\n" not in line
+
+
+def test_fairseq_from_a_source_folder_is_found(monkeypatch, warnings):
+    found = {name: compat._installed(name) for name in GOOD_FORK}
+    monkeypatch.setattr(compat, "_installed", {**found, "fairseq": None, "fairseq-fixed": None}.get)
+    compat.check_versions()
+    assert "from a source folder" in warnings()[0]
+
+
+def test_the_installed_versions_are_supported_and_tested():
+    found = {name: compat._installed(name) for name in GOOD_FORK}
+    assert compat.untested(found) is None
+
+
+# --- applying ---------------------------------------------------------------------------------------------------------
+
+
+def test_applying_again_changes_nothing():
+    layer, _ = compat._encoder_layer()
+    places = [
+        (data_utils, "batch_by_size"),
+        (distributed_utils, "call_main"),
+        (distributed_utils, "_broadcast_object_slow"),
+        (layer, "_load_from_state_dict"),
+        (layer, "upgrade_state_dict_named"),
+    ]
+    before = [getattr(owner, name) for owner, name in places]
+    compat.apply()
+    assert [getattr(owner, name) for owner, name in places] == before
+    assert not hasattr(data_utils.batch_by_size.__wrapped__, "__wrapped__")
+
+
+# --- numpy and torch --------------------------------------------------------------------------------------------------
+
+
+def test_language_modelling_by_sentence_finds_numpys_old_names():
+    sentences = ListDataset([torch.full((3,), 5) for _ in range(4)], [3] * 4)
+    blocks = TokenBlockDataset(sentences, [3] * 4, None, pad=1, eos=2, break_mode="eos")
+    assert len(blocks) == 4
+    assert blocks[0].tolist() == [5, 5, 5]
+
+
+def test_masking_spans_finds_numpys_old_names():
+    mask = data_utils.compute_mask_indices((2, 12), None, 0.5, 2, min_masks=1, no_overlap=True)
+    assert mask.shape == (2, 12) and mask.any()
+
+
+def test_the_crf_of_non_autoregressive_models_finds_numpys_old_names():
+    score = DynamicCRF(num_embedding=6, low_rank=2, beam_size=3)(
+        torch.zeros(1, 4, 6), torch.tensor([[2, 3, 4, 5]]), torch.ones(1, 4, dtype=torch.bool)
+    )
+    assert torch.isfinite(score).all()
+
+
+def test_a_checkpoint_with_arguments_and_bleu_counts_loads():
+    saved = {"args": argparse.Namespace(arch="transformer"), "counts": np.array([3, 2, 1, 0])}
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert loaded["args"].arch == "transformer"
+    assert loaded["counts"].tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_arrays_written_by_either_numpy_load(module):
+    file = io.BytesIO()
+    torch.save({"counts": np.array([3, 2])}, file, _use_new_zipfile_serialization=False)
+    own = np.zeros(1).__reduce__()[0].__module__.encode()
+    renamed = file.getvalue().replace(b"c" + own + b"\n", b"c" + module + b"\n")
+    assert b"c" + module + b"\n_reconstruct" in renamed
+    assert torch.load(io.BytesIO(renamed))["counts"].tolist() == [3, 2]
+
+
+@pytest.mark.skipif(not CHECKS_WHAT_IT_LOADS, reason="torch before 2.6 loads everything")
+def test_other_types_in_a_checkpoint_are_still_refused():
+    file = io.BytesIO()
+    torch.save({"command": print}, file)
+    file.seek(0)
+    with pytest.raises(pickle.UnpicklingError, match="print"):
+        torch.load(file)
+
+
+def send_checkpoint(rank, meeting, answers):
+    """What one of two workers gets when the first resumes from a checkpoint and sends it round."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", world_size=2, rank=rank)
+    state = {"cfg": OmegaConf.create({"lr": [0.5]}), "model": {"weight": torch.arange(3)}} if rank == 0 else None
+    got = distributed_utils.broadcast_object(state, src_rank=0, group=torch.distributed.group.WORLD)
+    answers.put((rank, got["cfg"].lr[0], got["model"]["weight"].tolist()))
+    torch.distributed.barrier()
+
+
+def test_workers_get_the_checkpoint_of_the_first(tmp_path):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    workers = [context.Process(target=send_checkpoint, args=(rank, tmp_path / "meeting", answers)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert sorted(answers.get(timeout=5) for _ in workers) == [(rank, 0.5, [0, 1, 2]) for rank in (0, 1)]
+
+
+# --- fairseq ----------------------------------------------------------------------------------------------------------
+
+
+def small_transformer():
+    words = Dictionary()
+    for word in "abcdef":
+        words.add_symbol(word)
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
+             (("layers", 1), ("embed_dim", 8), ("ffn_embed_dim", 8), ("attention_heads", 2))}
+    args = argparse.Namespace(dropout=0.0, max_source_positions=16, max_target_positions=16, **sizes)
+    base_architecture(args)
+    return TransformerModel.build_model(args, argparse.Namespace(source_dictionary=words, target_dictionary=words))
+
+
+def encode(model):
+    padded = torch.tensor([[4, 5, 6, 2], [7, 2, 1, 1]])
+    with torch.no_grad():
+        out = model.eval().encoder(padded, src_lengths=torch.tensor([4, 2]))
+    return out["encoder_out"][0].masked_fill((padded == 1).t().unsqueeze(-1), 0)
+
+
+def test_a_loaded_encoder_encodes_as_before():
+    model = small_transformer()
+    loaded = small_transformer()
+    loaded.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(encode(loaded), encode(model))
+    assert encode(model).abs().sum() > 0
+
+
+@pytest.mark.skipif(compat._encoder_layer()[1], reason="stock fairseq has these weights")
+def test_checkpoints_of_stock_fairseq_load():
+    model = small_transformer()
+    layer = model.encoder.layers[0]
+    state = copy.deepcopy(model.state_dict())
+    stock = copy.deepcopy(state)
+    prefix = "encoder.layers.0."
+    for kind in ("weight", "bias"):
+        projections = [getattr(getattr(layer.self_attn, name), kind) for name in ("q_proj", "k_proj", "v_proj")]
+        stock[f"{prefix}in_proj_{kind}"] = torch.cat(projections).detach()
+        stock[f"{prefix}out_proj_{kind}"] = getattr(layer.self_attn.out_proj, kind).detach()
+        stock[f"{prefix}fc1_{kind}"] = getattr(layer.fc1, kind).detach()
+        stock[f"{prefix}fc2_{kind}"] = getattr(layer.fc2, kind).detach()
+    loaded = small_transformer()
+    loaded.load_state_dict(stock)
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("as_generator", [False, True])
+def test_sentences_left_out_are_counted_and_batches_unchanged(warnings, as_generator):
+    def batches_of(batch_by_size):
+        indices = (i for i in range(61)) if as_generator else np.arange(61)
+        return [list(b) for b in batch_by_size(indices, lambda i: 1, max_sentences=16, required_batch_size_multiple=8)]
+
+    batches = batches_of(data_utils.batch_by_size)
+    batches_of(data_utils.batch_by_size)
+    assert batches == batches_of(data_utils.batch_by_size.__wrapped__)
+    if DROPS_LAST_BATCH:
+        [line] = warnings()
+        assert "leaves 5 of 61 sentences out" in line and "--required-batch-size-multiple 1" in line
+    else:
+        assert sum(map(len, batches)) == 61 and not warnings()
+
+
+def test_nothing_is_said_where_nothing_is_left_out(warnings):
+    batches = data_utils.batch_by_size(np.arange(61), lambda i: 1, max_sentences=16, required_batch_size_multiple=1)
+    assert sum(map(len, batches)) == 61
+    assert not warnings()
+
+
+def distributed_config(**settings):
+    config = OmegaConf.structured(FairseqConfig)
+    config.distributed_training.update(settings)
+    return config
+
+
+def test_workers_that_nobody_would_start_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = distributed_config(distributed_init_method="env://", distributed_world_size=2, distributed_no_spawn=False)
+    with pytest.raises(ValueError, match="--distributed-no-spawn"):
+        distributed_utils.call_main(config, lambda cfg: None)
+
+
+def test_a_single_worker_starts_as_ever():
+    config = distributed_config(distributed_world_size=1)
+    seen = []
+    distributed_utils.call_main(config, lambda cfg, note: seen.append(note), note="started")
+    assert seen == ["started"]
