@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fairseq_earm.ebm.weights import resample
+from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.scoring import score_sequences
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class EnergyReranker:
             limit of many candidates drawn from q. With top-k, top-p or a temperature, q is that proposal, as there.
         energy_step: "last" reads log μ at the last token's step, "post" one step after it.
     Raises:
-        ValueError: a model without plain logits, a generator that has no candidates to choose from.
+        UsageError: a model without plain logits, a generator that has no candidates to choose from.
     """
 
     def __init__(self, generator, models: Sequence, *, weight: float = 1.0, select: str = "best", energy_step: str = "last"):
@@ -171,9 +172,9 @@ def _check_models(models: Sequence) -> None:
     for model in models:
         name = type(model).__name__
         if not (hasattr(model, "encoder") and hasattr(model, "decoder")):
-            raise ValueError(f"--energy-rerank needs encoder-decoder models, and {name} is none: leave the flag out")
+            raise UsageError(f"--energy-rerank needs encoder-decoder models, and {name} is none: leave the flag out")
         if getattr(model.decoder, "adaptive_softmax", None) is not None:
-            raise ValueError(
+            raise UsageError(
                 f"--energy-rerank needs the logits of the whole vocabulary, and this {name} has an adaptive softmax: "
                 "use a model trained without --adaptive-softmax-cutoff, or leave the flag out"
             )
@@ -181,10 +182,10 @@ def _check_models(models: Sequence) -> None:
 
 def _check_candidates(generator, select: str) -> None:
     if not hasattr(generator, "beam_size"):
-        raise ValueError("--energy-rerank has no candidates to order under --score-reference: leave one of the two out")
+        raise UsageError("--energy-rerank has no candidates to order under --score-reference: leave one of the two out")
     beam = generator.beam_size
     if select == "resample" and beam == 1:
-        raise ValueError("--energy-select resample has nothing to draw from with --beam 1: give --beam 2 or more")
+        raise UsageError("--energy-select resample has nothing to draw from with --beam 1: give --beam 2 or more")
     if beam == 1:
         logger.warning("--energy-rerank with --beam 1 has one candidate per sentence: it changes scores, not translations")
     if select == "resample" and not isinstance(generator.search, Sampling):

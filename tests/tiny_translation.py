@@ -17,7 +17,7 @@ ARCH = (
 ).split()
 OPTIMISATION = (
     "--optimizer adam --lr 0.02 --clip-norm 1.0 --batch-size 32 --max-epoch 4 --cpu --no-progress-bar "
-    "--no-epoch-checkpoints --no-last-checkpoints --num-workers 0 --log-format simple "
+    "--no-epoch-checkpoints --num-workers 0 --log-format simple "
 ).split()
 
 
@@ -31,6 +31,25 @@ def command(name, *arguments, stdin=""):
         with contextlib.redirect_stdout(printed):
             module.cli_main()
     return printed.getvalue()
+
+
+def generate(tiny, *arguments, models="a", subset="test", task="earm_translation"):
+    """What `fairseq-generate` prints for a subset, with the model `a`, `b` or the ensemble `ab`; stock tasks keep all sentences too."""
+    paths = ":".join(str(getattr(tiny, name)) for name in models)
+    keep = ["--required-batch-size-multiple", 1] if task == "translation" else []
+    where = [tiny.data, "--path", paths, "--task", task, "--gen-subset", subset, *keep]
+    return command("generate", *where, "--cpu", "--num-workers", 0, "--max-len-b", 12, "--no-progress-bar", *arguments)
+
+
+def tagged(printed, tag):
+    """{sentence: its lines of one kind in the order printed, without the tag} of `fairseq-generate`'s output."""
+    found = {}
+    for line in printed.splitlines():
+        name, _, rest = line.partition("\t")
+        kind, _, number = name.partition("-")
+        if kind == tag and number.isdigit():
+            found.setdefault(int(number), []).append(rest)
+    return found
 
 
 def sentence_pair(rng):
@@ -49,14 +68,14 @@ def write_text(folder, sizes, seed=0):
 
 
 def build(folder):
-    """Text of 400, 60 and 7 sentences, binarised, with two models `a` and `b` trained by task `earm_translation`."""
-    write_text(folder, {"train": 400, "valid": 60, "test": 7})
+    """Text of 403, 60 and 7 sentences, binarised, with two models `a` and `b` trained by task `earm_translation`."""
+    write_text(folder, {"train": 403, "valid": 60, "test": 7})
     data = folder / "data"
-    prefixes = [f"--{'valid' if s == 'valid' else s}pref={folder / s}" for s in ("train", "valid", "test")]
+    prefixes = [f"--{s}pref={folder / s}" for s in ("train", "valid", "test")]
     command("preprocess", "-s", "src", "-t", "tgt", *prefixes, "--destdir", data, "--workers", 1)
     models = {}
     for seed, name in enumerate("ab", start=1):
         save = ["--save-dir", folder / name, "--seed", seed, "--criterion", "cross_entropy"]
-        log = command("train", data, "--task", "earm_translation", *ARCH, *OPTIMISATION, *save)
-        models[name] = folder / name / "checkpoint_best.pt"
+        command("train", data, "--task", "earm_translation", *ARCH, *OPTIMISATION, *save)
+        models[name] = folder / name / "checkpoint_last.pt"
     return SimpleNamespace(folder=folder, data=data, **models)

@@ -7,6 +7,7 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from fairseq_earm.errors import UsageError
 from fairseq_earm.reranking import EnergyReranker
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class EarmTranslationTask(TranslationTask):
     """fairseq's `translation` with energy reranking; its flags, data and checkpoints are those of `translation`.
 
     Raises:
-        ValueError: an energy weight that is negative or not finite.
+        UsageError: an energy weight that is negative or not finite.
     """
 
     def __init__(self, cfg: EarmTranslationConfig, src_dict, tgt_dict):
@@ -78,7 +79,7 @@ class EarmTranslationTask(TranslationTask):
 
 def _check_energy_flags(cfg: EarmTranslationConfig) -> None:
     if not (math.isfinite(cfg.energy_weight) and cfg.energy_weight >= 0):
-        raise ValueError(f"--energy-weight {cfg.energy_weight} is not a finite number of 0 or more")
+        raise UsageError(f"--energy-weight {cfg.energy_weight} is not a finite number of 0 or more: give one, or leave it out")
     if cfg.energy_rerank:
         return
     defaults = {"energy_weight": 1.0, "energy_select": "best", "energy_step": "last"}

@@ -1,0 +1,194 @@
+"""fairseq-earm-tune: choose `--energy-weight` and `--lenpen` for BLEU on an n-best list of the validation set.
+
+fairseq's beam search ends a search by the number of finished hypotheses and applies the length penalty afterwards, so one
+n-best list holds the candidates for every weight and length penalty.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+from tqdm import tqdm
+
+from fairseq_earm.cli.nbest import NBest, read_nbest
+from fairseq_earm.errors import UsageError
+
+WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
+LENPENS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
+ORDER = 4  # n-grams of BLEU
+Interval = Tuple[float, float]
+
+
+class Setting(NamedTuple):
+    """One row of the table: the best length penalty of an energy weight. Intervals are 95 % bootstrap percentiles.
+
+    Attributes:
+        bleu: corpus BLEU of the translations it chooses.
+        gain: its BLEU minus that of weight 0, whose length penalty is chosen in the same way.
+    """
+
+    energy_weight: float
+    lenpen: float
+    bleu: float
+    interval: Interval
+    gain: float
+    gain_interval: Interval
+
+
+def select(nbest: NBest, weight: float, lenpen: float) -> np.ndarray:
+    """(S,) index of each sentence's best candidate by (log q + weight · log μ) / length^lenpen; of equals, the first."""
+    with np.errstate(invalid="ignore"):  # 0 · −inf
+        energy = np.where(weight == 0, 0.0, weight * nbest.log_mu)
+    return ((nbest.log_q + energy) / nbest.lengths**lenpen).argmax(1)
+
+
+def corpus_bleu(statistics: np.ndarray) -> float:
+    """sacreBLEU's corpus score from summed sentence statistics (2 + 2 · 4,): lengths, matches and totals per order."""
+    values = [int(value) for value in statistics]
+    return BLEU.compute_bleu(
+        correct=values[2 : 2 + ORDER], total=values[2 + ORDER :], sys_len=values[0], ref_len=values[1], smooth_method="exp"
+    ).score
+
+
+class SentenceStatistics:
+    """BLEU's sufficient statistics of single candidates, computed when first asked for."""
+
+    def __init__(self, nbest: NBest, tokenizer: str):
+        # The effective order changes a sentence's score only, which is not used.
+        self._metric = BLEU(tokenize=tokenizer, effective_order=True)
+        self._nbest = nbest
+        self._known: Dict[Tuple[int, int], List[int]] = {}
+
+    def __call__(self, choice: np.ndarray) -> np.ndarray:
+        """(S, 2 + 2 · 4) statistics of the candidates chosen, (S,) indices."""
+        return np.array([self._of(sentence, int(index)) for sentence, index in enumerate(choice)], dtype=np.int64)
+
+    def _of(self, sentence: int, index: int) -> List[int]:
+        key = sentence, index
+        if key not in self._known:
+            score = self._metric.sentence_score(self._nbest.texts[sentence][index], [self._nbest.references[sentence]])
+            self._known[key] = [score.sys_len, score.ref_len, *score.counts, *score.totals]
+        return self._known[key]
+
+
+def tune(
+    nbest: NBest, weights: Sequence[float], lenpens: Sequence[float], *, tokenizer: str = "13a", resamples: int = 1000, seed: int = 1
+) -> List[Setting]:
+    """Try every weight with every length penalty; one `Setting` per weight, in ascending order of the weights.
+
+    Gains are paired: each bootstrap resample draws the same sentences for both systems (Koehn 2004). The intervals do not
+    know that the best of several settings was taken, so a gain found here is to be confirmed on other data.
+
+    Args:
+        weights: energy weights; 0 is added if missing.
+        lenpens: length penalties. Of equal BLEU, the smaller penalty is taken.
+        tokenizer: sacreBLEU's.
+    """
+    statistics = SentenceStatistics(nbest, tokenizer)
+    best: Dict[float, Tuple[float, float, np.ndarray]] = {}
+    grid = [(weight, lenpen) for weight in sorted({0.0, *weights}) for lenpen in sorted(set(lenpens))]
+    for weight, lenpen in tqdm(grid, desc="grid", disable=None):
+        rows = statistics(select(nbest, weight, lenpen))
+        bleu = corpus_bleu(rows.sum(0))
+        if weight not in best or bleu > best[weight][0]:
+            best[weight] = bleu, lenpen, rows
+    size = len(nbest.texts)
+    draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=resamples)
+    base, base_draws = best[0.0][0], _bootstrap(best[0.0][2], draws)
+    settings = []
+    for weight, (bleu, lenpen, rows) in tqdm(best.items(), desc="bootstrap", disable=None):
+        scores = _bootstrap(rows, draws)
+        settings.append(Setting(weight, lenpen, bleu, _interval(scores), bleu - base, _interval(scores - base_draws)))
+    return settings
+
+
+def _bootstrap(rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """(resamples,) corpus BLEU under each row of `draws`, how often every sentence was drawn."""
+    return np.array([corpus_bleu(total) for total in draws @ rows])
+
+
+def _interval(scores: np.ndarray) -> Interval:
+    low, high = np.percentile(scores, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _table(settings: Sequence[Setting]) -> str:
+    lines = [f"{'weight':>7} {'lenpen':>7} {'BLEU':>7}  {'95 % interval':<16} {'gain':>6}  95 % interval, paired"]
+    for row in settings:
+        interval, gain = ("[{:6.2f}, {:6.2f}]".format(*pair) for pair in (row.interval, row.gain_interval))
+        lines.append(f"{row.energy_weight:7g} {row.lenpen:7g} {row.bleu:7.2f}  {interval} {row.gain:+6.2f}  {gain}")
+    return "\n".join(lines)
+
+
+def _numbers(name: str, *, negative: bool = False):
+    """An argparse type: a finite number, by default 0 or more."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not np.isfinite(value) or (value < 0 and not negative):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite {name}{'' if negative else ' of 0 or more'}")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fairseq-earm-tune", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "nbest", nargs="+", help="what fairseq-generate --task earm_translation --energy-rerank --beam N --nbest N wrote about "
+        "the validation set: its output and, if that went elsewhere, its log",
+    )
+    weight, lenpen = _numbers("energy weight"), _numbers("length penalty", negative=True)
+    parser.add_argument("--energy-weight", type=weight, nargs="+", default=WEIGHTS, metavar="W", help="weights to try")
+    parser.add_argument("--lenpen", type=lenpen, nargs="+", default=LENPENS, metavar="L", help="length penalties to try")
+    parser.add_argument(
+        "--generated-energy-weight", type=weight, metavar="W", help="--energy-weight the list was generated with, if its log is lost",
+    )
+    parser.add_argument(
+        "--generated-lenpen", type=lenpen, metavar="L", help="--lenpen the list was generated with (0 for --unnormalized), "
+        "if its log is lost",
+    )
+    parser.add_argument(
+        "--sacrebleu-tokenize", choices=sorted(BLEU.TOKENIZERS), default="13a",
+        help="tokenizer of sacreBLEU (default: 13a); none for text that is tokenized already",
+    )
+    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples (default: 1000)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the bootstrap (default: 1)")
+    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """The console script; prints a table and the flags of the best setting."""
+    args = _parser().parse_args(argv)
+    if args.resamples < 1:
+        raise UsageError(f"--resamples {args.resamples} gives no interval: give 1 or more, 1000 as a rule")
+    nbest = read_nbest(args.nbest, weight=args.generated_energy_weight, lenpen=args.generated_lenpen)
+    settings = tune(
+        nbest, args.energy_weight, args.lenpen, tokenizer=args.sacrebleu_tokenize, resamples=args.resamples, seed=args.seed
+    )
+    best = max(settings, key=lambda row: row.bleu)
+    flags = f"--energy-weight {best.energy_weight:g} --lenpen {best.lenpen:g}"
+    print(_table(settings))
+    print(f"Best of {len(nbest.texts)} sentences (sacreBLEU, tok:{args.sacrebleu_tokenize}): {flags}")
+    if args.json:
+        _write_json(args, settings, best, len(nbest.texts))
+
+
+def _write_json(args: argparse.Namespace, settings: Sequence[Setting], best: Setting, sentences: int) -> None:
+    report = {
+        "best": best._asdict(),
+        "settings": [row._asdict() for row in settings],
+        "sentences": sentences,
+        "sacrebleu_tokenize": args.sacrebleu_tokenize,
+        "resamples": args.resamples,
+        "seed": args.seed,
+    }
+    try:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=2)
+    except OSError as error:
+        raise UsageError(f"--json {args.json} cannot be written: {error.strerror}") from None

@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import fairseq_earm  # noqa: F401  (mends the installed versions)
+from tests import tiny_translation
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """Folder of real data; tests that need it are skipped where FAIRSEQ_EARM_DATA does not name one."""
+    folder = os.environ.get("FAIRSEQ_EARM_DATA")
+    if not folder:
+        pytest.skip("FAIRSEQ_EARM_DATA names no folder of real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Binarised parallel text and two models trained on it, see `tiny_translation.build`."""
+    return tiny_translation.build(tmp_path_factory.mktemp("tiny"))
