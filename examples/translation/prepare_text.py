@@ -96,7 +96,11 @@ def tokenize_line(job):
 
 
 def tokenize(args):
-    from tqdm import tqdm
+    try:
+        import sacremoses  # noqa: F401  (the workers use it)
+        from tqdm import tqdm
+    except ImportError as error:
+        raise InputError("{} (pip install sacremoses tqdm, or activate the environment that has them)".format(error))
     lines = list(read_lines(args.input))
     jobs = ((line, args.lower, args.escape) for line in lines)
     with multiprocessing.Pool(args.workers, start_tokenizer, (args.lang,)) as pool:
@@ -172,8 +176,11 @@ def iwslt(args):
 def tatoeba_rows(path):
     """(German, English) pairs of manythings.org's deu-eng.zip, or of the deu.txt in it."""
     if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            lines = archive.read("deu.txt").decode("utf-8").split("\n")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                lines = archive.read("deu.txt").decode("utf-8").split("\n")
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise InputError("cannot read deu.txt in {}: {}".format(path, error))
     else:
         lines = read_lines(path)
     for line in lines:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from small_corpora import (
+from tests.examples.small_corpora import (
     HELPER, IWSLT_PAIRS, PROGRAMS, RECIPES, ROOT, SENTENCE_COUNTS, prepare, prepared, read, run, sentences, stub, words_of,
     write, write_iwslt, write_splits,
 )
@@ -175,6 +175,15 @@ def cut_archive(folder):
     (folder / "train.de.gz").write_bytes(gzip.compress(b"a line\n" * 999)[:-12])
 
 
+def broken_zip(folder):
+    write(folder / "deu-eng.zip", ["no archive"])
+
+
+def short_zip(folder):
+    with zipfile.ZipFile(folder / "deu-eng.zip", "w") as archive:
+        archive.writestr("deu.txt", "Go.\tGeh.\tCC-BY 2.0\n")
+
+
 def foreign_output(folder):
     write(folder / "out" / "bin" / "mine", ["precious"])
 
@@ -189,6 +198,8 @@ def foreign_output(folder):
     ("multi30k", ["--from", "."], cut_archive, "cannot read train.de.gz: Compressed file ended before the end-of-stream marker was reached"),
     ("multi30k", ["--from", "."], foreign_output, "out/bin is not an earlier run's: choose another --out"),
     ("tatoeba", ["--from", "."], remove_english, ". has none of: test.en, test.en.gz"),
+    ("tatoeba", ["--from", "."], broken_zip, "cannot read deu.txt in deu-eng.zip: File is not a zip file"),
+    ("tatoeba", ["--from", "."], short_zip, "valid: line counts differ or are zero: pairs 0"),
     ("iwslt14", ["--from", "."], break_nothing, "which pair? de-en, it-en or es-en (see --help)"),
     ("iwslt14", ["fr-en", "--from", "."], break_nothing, "unknown pair fr-en: de-en, it-en or es-en (see --help)"),
     ("iwslt14", ["de-en", "--from", "."], break_nothing, ". holds neither de-en/, de-en.tgz nor 2014-01.tgz"),
@@ -201,15 +212,25 @@ def test_bad_input_is_one_clear_line(tmp_path, recipe, arguments, damage, messag
     assert (result.returncode, result.stderr) == (1, "error: {}\n".format(message))
 
 
+def test_a_missing_tokenizer_is_one_clear_line(tmp_path):
+    write(tmp_path / "sacremoses.py", ["raise ImportError('No module named sacremoses')"])
+    write(tmp_path / "text", ["Hallo"])
+    result = run([sys.executable, HELPER, "tokenize", "text", "out", "--lang", "de"], tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.stderr.startswith("error: No module named sacremoses (pip install") and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("recipe", ["multi30k", "tatoeba", "iwslt14", "wmt16"])
 def test_help_shows_the_usage(tmp_path, recipe):
     assert "--from FOLDER" in prepared(recipe, tmp_path, "--help")
 
 
 def readme_commands(recipe, tmp_path):
-    """The commands of a recipe's README as argument lists, as bash expands them."""
+    """The training and generation commands of a recipe's README as argument lists, as bash expands them."""
     blocks = re.findall(r"```bash\n(.*?)```", (RECIPES / recipe / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     script = "\n".join(block for block in blocks if "prepare.sh" not in block)
+    for written in re.findall(r"> (\S+)", script):
+        (tmp_path / written).parent.mkdir(parents=True, exist_ok=True)
+    stub(tmp_path / "stubs", "fairseq-earm-tune", "")
     for program in ("fairseq-train", "fairseq-generate"):
         stub(tmp_path / "stubs", program, 'printf "%s\\0" "${0##*/}" "$@" "" >> "$RECORD"\n')
     result = run(["bash", "-euc", script], tmp_path, path=[tmp_path / "stubs"], RECORD=str(tmp_path / "record"))
@@ -234,6 +255,7 @@ def test_iwslt14_training_command_trains(iwslt14, tmp_path):
     command = next(command for command in readme_commands("iwslt14", tmp_path) if "label_smoothed_cross_entropy" in command)
     command = [word.replace("de-en", "it-en").replace("checkpoints/", str(tmp_path) + "/") for word in command]
     command[command.index("de")] = "it"
+    command[command.index("fairseq_earm")] = ROOT / "fairseq_earm"
     small = ["--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 16, "--decoder-embed-dim", 16, "--max-tokens", 512,
              "--encoder-ffn-embed-dim", 16, "--decoder-ffn-embed-dim", 16, "--max-update", 2, "--cpu", "--no-progress-bar"]
     result = run([shutil.which(command[0], path=str(PROGRAMS)), *command[1:], *small], folder)
