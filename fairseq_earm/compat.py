@@ -115,14 +115,14 @@ def _installed(name: str) -> Optional[str]:
 
 
 def restore_numpy_names() -> None:
-    """numpy ≥ 1.24 has no np.int and np.float, numpy ≥ 2 no np.compat; the fork still uses them.
+    """numpy ≥ 1.24 has no np.float, numpy ≥ 2 no np.compat; the fork still uses them.
 
-    Without np.compat.long, language modelling with `--sample-break-mode eos` fails.
+    Without np.compat.long, language modelling with `--sample-break-mode eos` fails; np.float is in the dynamic CRF.
     """
     import numpy as np
 
     if parse(np.__version__) >= (1, 24):
-        for name, value in (("int", int), ("float", float), ("compat", argparse.Namespace(long=int))):
+        for name, value in (("float", float), ("compat", argparse.Namespace(long=int))):
             if not hasattr(np, name):
                 setattr(np, name, value)
 

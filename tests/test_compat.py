@@ -136,11 +136,6 @@ def test_language_modelling_by_sentence_finds_numpys_old_names():
     assert blocks[0].tolist() == [5, 5, 5]
 
 
-def test_masking_spans_finds_numpys_old_names():
-    mask = data_utils.compute_mask_indices((2, 12), None, 0.5, 2, min_masks=1, no_overlap=True)
-    assert mask.shape == (2, 12) and mask.any()
-
-
 def test_the_crf_of_non_autoregressive_models_finds_numpys_old_names():
     score = DynamicCRF(num_embedding=6, low_rank=2, beam_size=3)(
         torch.zeros(1, 4, 6), torch.tensor([[2, 3, 4, 5]]), torch.ones(1, 4, dtype=torch.bool)
