@@ -103,11 +103,6 @@ def test_fairseq_from_a_source_folder_is_found(monkeypatch, warnings):
     assert "from a source folder" in warnings()[0]
 
 
-def test_the_installed_versions_are_supported_and_tested():
-    found = {name: compat._installed(name) for name in GOOD_FORK}
-    assert compat.untested(found) is None
-
-
 # --- applying ---------------------------------------------------------------------------------------------------------
 
 
