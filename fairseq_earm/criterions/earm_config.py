@@ -1,0 +1,149 @@
+"""The flags of `earm_cross_entropy` and what they may be set to."""
+import math
+from dataclasses import dataclass, field
+
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterionConfig
+from fairseq.dataclass import ChoiceEnum
+from omegaconf import II
+
+from fairseq_earm.ebm.earm import ENERGY_STEPS, NORMALIZERS
+from fairseq_earm.errors import UsageError
+
+SAMPLERS = ("ancestral", "generator")
+
+
+@dataclass
+class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
+    earm_weight: float = field(
+        default=1.0, metadata={"help": "λ, weight of the E-ARM loss beside cross-entropy; 0 is cross-entropy alone"}
+    )
+    earm_start_epoch: int = field(default=15, metadata={"help": "first epoch (counted from 1) that uses E-ARM"})
+    earm_start_update: int = field(
+        default=-1, metadata={"help": "first update that uses E-ARM; takes the place of --earm-start-epoch when set"}
+    )
+    earm_warmup_updates: int = field(
+        default=0, metadata={"help": "updates over which λ grows linearly to --earm-weight, from E-ARM's start"}
+    )
+    earm_recent_tokens: int = field(
+        default=2, metadata={"help": "tokens of history that E-ARM's gradient reaches; 0: none, -1: all"}
+    )
+    earm_energy_steps: ChoiceEnum(ENERGY_STEPS) = field(
+        default="all",
+        metadata={"help": "steps that carry an energy: all (the paper), the last, or the one after end-of-sentence"},
+    )
+    earm_smooth_history: bool = field(
+        default=False, metadata={"help": "the data's history terms take label-smoothed NLL"}
+    )
+    earm_negatives: int = field(default=1, metadata={"help": "sequences sampled from the model per source sentence"})
+    earm_normalizer: ChoiceEnum(NORMALIZERS) = field(
+        default="batch", metadata={"help": "importance weights are normalised over the batch or over each source's negatives"}
+    )
+    earm_normalizer_ema: float = field(
+        default=0.0, metadata={"help": "weight of the past in a moving normaliser per step; 0: this batch only"}
+    )
+    earm_variance_reduction: ChoiceEnum(["none", "rao-blackwell"]) = field(
+        default="none", metadata={"help": "rao-blackwell: exact expectation over each negative's current token"}
+    )
+    earm_max_len_a: float = field(
+        default=1.5, metadata={"help": "negatives have at most a·(source length) + b tokens: a"}
+    )
+    earm_max_len_b: int = field(default=10, metadata={"help": "negatives have at most a·(source length) + b tokens: b"})
+    earm_sampler: ChoiceEnum(SAMPLERS) = field(
+        default="ancestral", metadata={"help": "the model's own softmax, or fairseq's SequenceGenerator with its options"}
+    )
+    earm_sampling_topk: int = field(default=-1, metadata={"help": "--earm-sampler generator: sample among the k likeliest"})
+    earm_sampling_topp: float = field(
+        default=-1.0, metadata={"help": "--earm-sampler generator: sample among the smallest set with probability p"}
+    )
+    earm_sampling_temperature: float = field(
+        default=1.0, metadata={"help": "--earm-sampler generator: temperature of sampling"}
+    )
+    earm_control: bool = field(
+        default=False,
+        metadata={"help": "the control row: E-ARM's likelihood terms without energy or negatives; nothing is sampled"},
+    )
+    max_epoch: int = II("optimization.max_epoch")
+    max_update: int = II("optimization.max_update")
+
+
+def check_config(cfg, max_target_positions=None) -> None:
+    """Refuse settings that cannot work, before any training.
+
+    Args:
+        cfg: the criterion's configuration.
+        max_target_positions: longest target that task and model take, None where there is no such limit.
+    Raises:
+        UsageError: one line with the flag, its value and the remedy.
+    """
+    for problem, flag, remedy in _problems(cfg, max_target_positions):
+        if problem:
+            value = getattr(cfg, flag[2:].replace("-", "_"))
+            raise UsageError(f"{flag} {value}: {remedy}")
+
+
+def _problems(cfg, max_target_positions):
+    """Pairs of a condition that must not hold and what to say of it: (condition, flag, remedy)."""
+    truncates = cfg.earm_sampling_topk != -1 or cfg.earm_sampling_topp != -1 or cfg.earm_sampling_temperature != 1
+    return [
+        (not 0 <= cfg.earm_weight < math.inf, "--earm-weight", "give a finite weight of at least 0"),
+        *_schedule_problems(cfg),
+        (cfg.earm_recent_tokens < -1, "--earm-recent-tokens", "give a number of tokens, 0 for none or -1 for all"),
+        (cfg.earm_negatives < 1, "--earm-negatives", "give at least 1"),
+        (
+            cfg.earm_negatives == 1 and cfg.earm_normalizer == "source" and not cfg.earm_control,
+            "--earm-negatives",
+            "one negative per source makes every weight 1 under --earm-normalizer source; give at least 2, or use batch",
+        ),
+        (not 0 <= cfg.earm_normalizer_ema < 1, "--earm-normalizer-ema", "give a number from 0 to below 1"),
+        (
+            cfg.earm_normalizer_ema > 0 and cfg.earm_normalizer == "source",
+            "--earm-normalizer-ema",
+            "a source's normaliser is not met again; use --earm-normalizer batch, or 0",
+        ),
+        (
+            cfg.earm_variance_reduction == "rao-blackwell" and cfg.earm_energy_steps != "all",
+            "--earm-variance-reduction",
+            "goes with --earm-energy-steps all; use none",
+        ),
+        (not 0 <= cfg.earm_max_len_a < math.inf, "--earm-max-len-a", "give a finite number of at least 0"),
+        (cfg.earm_max_len_b < 0, "--earm-max-len-b", "give a number of at least 0"),
+        (cfg.earm_max_len_a == 0 == cfg.earm_max_len_b, "--earm-max-len-b", "gives negatives no token; give at least 1"),
+        (
+            max_target_positions is not None and cfg.earm_max_len_b >= max_target_positions,
+            "--earm-max-len-b",
+            f"negatives would exceed the model's {max_target_positions} target positions; give less",
+        ),
+        (
+            truncates and cfg.earm_sampler != "generator",
+            "--earm-sampler",
+            "top-k, top-p and temperature need --earm-sampler generator; the ancestral sampler draws from the softmax itself",
+        ),
+        (not 0 < cfg.earm_sampling_temperature < math.inf, "--earm-sampling-temperature", "give a number above 0"),
+        (cfg.earm_sampling_topk < -1 or cfg.earm_sampling_topk == 0, "--earm-sampling-topk", "give at least 1, or -1 for all"),
+        (
+            cfg.earm_sampling_topp != -1 and not 0 < cfg.earm_sampling_topp <= 1,
+            "--earm-sampling-topp",
+            "give a probability above 0, or -1 for all",
+        ),
+    ]
+
+
+def _schedule_problems(cfg):
+    by_update = cfg.earm_start_update >= 0
+    used = cfg.earm_weight != 0
+    max_epoch, max_update = cfg.max_epoch or 0, cfg.max_update or 0
+    return [
+        (cfg.earm_start_epoch < 1, "--earm-start-epoch", "epochs are counted from 1; give at least 1"),
+        (cfg.earm_start_update < -1, "--earm-start-update", "give an update of at least 0, or -1 to start by epoch"),
+        (cfg.earm_warmup_updates < 0, "--earm-warmup-updates", "give a number of at least 0"),
+        (
+            used and not by_update and 0 < max_epoch < cfg.earm_start_epoch,
+            "--earm-start-epoch",
+            f"training ends with --max-epoch {max_epoch}, so E-ARM would never start; start earlier or train longer",
+        ),
+        (
+            used and by_update and 0 < max_update <= cfg.earm_start_update,
+            "--earm-start-update",
+            f"training ends with --max-update {max_update}, so E-ARM would never start; start earlier or train longer",
+        ),
+    ]

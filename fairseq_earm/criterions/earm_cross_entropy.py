@@ -1,0 +1,192 @@
+"""Criterion `earm_cross_entropy`: label-smoothed cross-entropy plus E-ARM's contrastive loss."""
+from __future__ import annotations
+
+import time
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.logging import metrics
+
+from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config
+from fairseq_earm.criterions.earm_log import earm_values, log_entries, reduce_earm_metrics
+from fairseq_earm.criterions.joint_forward import extend_decoder_input, forward_with_negatives
+from fairseq_earm.criterions.training_clock import EarmSchedule, MeterState, NonfiniteGuard, TrainingClock
+from fairseq_earm.ebm.earm import earm_loss, nll_terms
+from fairseq_earm.ebm.energy import last_step, smoothed_nll, token_energies, widen
+from fairseq_earm.ebm.weights import moving_log_normalizer, step_log_normalizer
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling import build_sampler
+from fairseq_earm.sampling.scoring import decoder_input, energies_with_post_step, start_tokens
+
+
+@register_criterion("earm_cross_entropy", dataclass=EarmCrossEntropyConfig)
+class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
+    """Cross-entropy + λ · E-ARM (Wang et al., Eqs. 6-16), for any task with an encoder-decoder model.
+
+    Before E-ARM starts, with λ = 0 and in validation this is the stock criterion itself.
+    """
+
+    def __init__(self, task, cfg):
+        super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy)
+        check_config(cfg, _max_target_positions(task))
+        self.cfg = cfg
+        self.eos = _end_of_sentence(task.target_dictionary)
+        self.post = cfg.earm_energy_steps == "post"
+        self.state = MeterState()
+        self.guard = NonfiniteGuard(task, self.state)
+        self.schedule = EarmSchedule(cfg, TrainingClock(task), self.state)
+        self.sampler = getattr(task, "build_negative_sampler", build_sampler)(cfg, task.target_dictionary)
+        self.checked = False
+
+    def forward(self, model, sample, reduce=True):
+        """Loss, sample size and logging output of one batch, as in the stock criterion."""
+        if not self.checked and self.cfg.earm_weight > 0:
+            _check_batch(model, sample, self.padding_idx)
+            self.checked = True
+        weight = self.schedule.current_weight() if model.training else 0.0
+        if weight == 0:
+            loss, sample_size, logging_output = super().forward(model, sample, reduce)
+            logging_output.update(log_entries(loss))
+            return loss, sample_size, logging_output
+        self.guard.armed = True
+        return self._forward_with_energy(model, sample, weight)
+
+    def _forward_with_energy(self, model, sample, weight):
+        """One forward pass of data and negatives, cross-entropy and E-ARM from one logsumexp of each."""
+        target = sample["target"]
+        mask = target.ne(self.padding_idx)
+        mask[:, : self.ignore_prefix_size] = False
+        if self.cfg.earm_control:
+            net_output = model(**self._net_input(sample))
+        else:
+            samples, seconds = self._sample(model, sample)
+            net_output, negative_output = self._forward_pair(model, sample, samples)
+
+        logits = widen(net_output[0])
+        energies, alive = self._energies(logits, target, mask)
+        cross_entropy, nll, smoothed = self._cross_entropy(energies, logits, mask)
+        history = smoothed if self.cfg.earm_smooth_history else None
+        if self.cfg.earm_control:
+            terms = nll_terms(energies, alive, positive_history=history, **self._steps())
+            values = {"earm_batches": 1, "earm_loss": terms.detach(), "earm_steps": mask.sum()}
+        else:
+            earm = self._earm(energies, alive, history, negative_output, samples)
+            terms, values = earm.loss, earm_values(earm, samples, seconds)
+        loss = cross_entropy + weight * terms
+        log = {"loss": loss.data, "nll_loss": nll.data, "ntokens": sample["ntokens"], "nsentences": target.size(0)}
+        return self._finish(loss, log, sample, values, logits, mask)
+
+    def _sample(self, model, sample):
+        started = time.perf_counter()
+        prefix = sample["target"][:, : self.ignore_prefix_size] if self.ignore_prefix_size > 0 else None
+        samples = self.sampler(model, sample["net_input"], self.cfg.earm_negatives, prefix)
+        return samples, time.perf_counter() - started
+
+    def _forward_pair(self, model, sample, samples):
+        starts = start_tokens(sample["net_input"], self.eos)[samples.sources]
+        negative_input = decoder_input(samples.tokens, starts, extra_step=self.post)
+        return forward_with_negatives(model, self._net_input(sample), negative_input, samples.sources)
+
+    def _net_input(self, sample) -> dict:
+        if not self.post:
+            return sample["net_input"]
+        extended = extend_decoder_input(sample["net_input"]["prev_output_tokens"], sample["target"])
+        return {**sample["net_input"], "prev_output_tokens": extended}
+
+    def _energies(self, logits, tokens, mask):
+        """Energies and the mask of their steps: (B, T), or (B, T + 1) where the energy is read after the last token."""
+        if self.post:
+            return energies_with_post_step(logits, tokens, mask)
+        return token_energies(logits, tokens), mask
+
+    def _cross_entropy(self, energies, logits, mask):
+        """Label-smoothed cross-entropy and NLL, summed, and the smoothed NLL of each step."""
+        steps = mask.size(1)
+        smoothed = smoothed_nll(energies, logits, self.eps)
+        cross_entropy = smoothed[:, :steps].masked_fill(~mask, 0.0).sum()
+        return cross_entropy, energies.nll[:, :steps].masked_fill(~mask, 0.0).sum(), smoothed
+
+    def _steps(self) -> dict:
+        return {"recent_tokens": self.cfg.earm_recent_tokens, "energy_steps": str(self.cfg.earm_energy_steps)}
+
+    def _earm(self, energies, alive, history, negative_output, samples):
+        negative, negative_alive = self._energies(negative_output[0], samples.tokens, samples.mask)
+        return earm_loss(
+            energies,
+            alive,
+            negative,
+            negative_alive,
+            normalizer=str(self.cfg.earm_normalizer),
+            sources=samples.sources,
+            log_normalizer=self._moving_normalizer(negative.logsumexp, negative_alive),
+            rao_blackwell=self.cfg.earm_variance_reduction == "rao-blackwell",
+            positive_history=history,
+            **self._steps(),
+        )
+
+    def _moving_normalizer(self, logsumexp, alive):
+        """(S,) normaliser averaged over updates, and remembered across a resume; None without --earm-normalizer-ema."""
+        if self.cfg.earm_normalizer_ema == 0:
+            return None
+        if self.cfg.earm_energy_steps != "all":
+            logsumexp, alive = logsumexp.gather(1, last_step(alive).unsqueeze(1)), alive.any(1, keepdim=True)
+        batch = step_log_normalizer(logsumexp.detach().double(), alive)
+        moving = moving_log_normalizer(self.state.get("log_normalizer"), batch, self.cfg.earm_normalizer_ema)
+        if bool(batch.isnan().any() | batch.isposinf().any()):
+            return batch.to(logsumexp)
+        self.state.set("log_normalizer", moving.cpu())
+        return moving[: batch.numel()].to(logsumexp)
+
+    def _finish(self, loss, log, sample, values, logits, mask):
+        """Sample size and log; a loss that is not finite spoils the gradient for sure and is kept out of the log."""
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        finite = bool(torch.isfinite(loss))
+        log["sample_size"] = sample_size
+        if self.report_accuracy:
+            correct = logits[:, : mask.size(1)].argmax(-1).eq(sample["target"]) & mask
+            log["n_correct"], log["total"] = int(correct.sum()), int(mask.sum())
+        if not finite:
+            loss = loss * float("nan")
+            log, values = {key: torch.zeros_like(value) if torch.is_tensor(value) else 0 for key, value in log.items()}, None
+        log.update(log_entries(loss, values))
+        return loss, sample_size, log
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs) -> None:
+        """Aggregate logging outputs of all workers: the stock criterion's figures and, while active, E-ARM's."""
+        if sum(log.get("sample_size", 0) for log in logging_outputs) == 0:
+            metrics.log_scalar("loss", float("nan"), weight=0, round=3)
+        else:
+            super().reduce_metrics(logging_outputs)
+        reduce_earm_metrics(logging_outputs)
+
+
+def _end_of_sentence(dictionary) -> int:
+    eos = getattr(dictionary, "eos_index", None)
+    if eos is None or not 0 <= eos < len(dictionary) or eos == dictionary.pad():
+        raise UsageError(
+            "--criterion earm_cross_entropy: the target dictionary has no end-of-sentence, without which no sample would "
+            "end; use one built by fairseq-preprocess"
+        )
+    return eos
+
+
+def _max_target_positions(task):
+    positions = task.max_positions()
+    return positions[1] if isinstance(positions, (tuple, list)) else positions
+
+
+def _check_batch(model, sample, pad) -> None:
+    """Refuse models and batches that E-ARM cannot be computed for.
+
+    Raises:
+        UsageError: one line that names the cause and the remedy.
+    """
+    flag = "--criterion earm_cross_entropy"
+    if not hasattr(model, "encoder") or not hasattr(model, "decoder"):
+        raise UsageError(f"{flag}: needs an encoder-decoder model, and {type(model).__name__} is none")
+    if getattr(model.decoder, "adaptive_softmax", None) is not None:
+        raise UsageError(f"{flag}: an adaptive softmax has no logits to read energies from; train without --adaptive-softmax-cutoff")
+    if bool(sample["target"][:, 0].eq(pad).any()):
+        raise UsageError(f"{flag}: steps are counted from the left; train without --left-pad-target")

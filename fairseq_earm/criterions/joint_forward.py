@@ -1,0 +1,49 @@
+"""One forward of the (possibly distributed) model, two decoder passes on one encoder output."""
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+def forward_with_negatives(model, net_input: dict, negative_input: Tensor, sources: Tensor) -> tuple:
+    """Run the model on the data and its decoder once more on negatives, with the same encoder output and mode.
+
+    Distributed wrappers want their own forward to run exactly once per update, and sharded ones gather parameters only
+    inside it. So the negatives' pass rides along: it is started by hooks within that one forward.
+
+    Args:
+        model: the encoder-decoder model as the criterion got it, wrapped or not.
+        net_input: the batch's `net_input`.
+        negative_input: (R, T) decoder input of the negatives.
+        sources: (R,) row of the batch that each negative belongs to.
+    Returns:
+        (data's net output, negatives' net output).
+    """
+    encoder, decoder = model.encoder, model.decoder
+    encoder_out: Optional[object] = None
+    negative_output: Optional[tuple] = None
+
+    def keep_encoder_out(module, inputs, output):
+        nonlocal encoder_out
+        encoder_out = output
+
+    def decode_negatives(module, inputs, output):
+        nonlocal negative_output
+        decoder_hook.remove()
+        negative_output = decoder(negative_input, encoder_out=encoder.reorder_encoder_out(encoder_out, sources))
+
+    encoder_hook = encoder.register_forward_hook(keep_encoder_out)
+    decoder_hook = decoder.register_forward_hook(decode_negatives)
+    try:
+        net_output = model(**net_input)
+    finally:
+        encoder_hook.remove()
+        decoder_hook.remove()
+    return net_output, negative_output
+
+
+def extend_decoder_input(prev_output_tokens: Tensor, target: Tensor) -> Tensor:
+    """(B, T + 1) decoder input that also feeds each row's last token, for the step after it."""
+    return torch.cat([prev_output_tokens[:, :1], target], 1)

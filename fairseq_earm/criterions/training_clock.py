@@ -1,0 +1,142 @@
+"""What a criterion needs to know of the training run that fairseq does not tell it.
+
+fairseq hands epoch and update number to the task, not to the criterion. So that any task will do, the two calls that
+carry them are observed on the task's instance.
+"""
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import Callable
+
+import torch
+from fairseq.logging import metrics
+
+logger = logging.getLogger(__name__)
+
+# As many updates in a row without a finite gradient are no accident: training stops, as fairseq's would.
+MAX_SKIPPED_IN_A_ROW = 25
+
+
+class MeterState:
+    """State that survives a resume and keeps the checkpoint plain.
+
+    fairseq saves and restores all metrics aggregators, and criterions only if they have parameters (which DDP then
+    refuses). An aggregator of our own, never displayed, with stock meters: any fairseq loads it.
+    """
+
+    aggregator = "earm_state"
+
+    def get(self, key: str, default=None):
+        """The value last set, also before a resume."""
+        meter = metrics.get_meter(self.aggregator, key)
+        return default if meter is None or meter.val is None else meter.val
+
+    def set(self, key: str, value) -> None:
+        """Keep a number or a tensor."""
+        with metrics.aggregate(self.aggregator, new_root=True):
+            metrics.log_scalar(key, value, weight=0)
+
+
+def observe(owner, method: str, callback: Callable) -> None:
+    """Have `callback` called with the named arguments of each call of `owner.method`, before it."""
+    inner = getattr(owner, method)
+    signature = inspect.signature(inner)
+
+    @functools.wraps(inner)
+    def observed(*args, **kwargs):
+        callback(**signature.bind(*args, **kwargs).arguments)
+        return inner(*args, **kwargs)
+
+    setattr(owner, method, observed)
+
+
+class TrainingClock:
+    """Epoch and number of updates done, as the trainer tells the task."""
+
+    def __init__(self, task):
+        self.epoch = 1
+        self.num_updates = 0
+        observe(task, "begin_epoch", self._on_epoch)
+        observe(task, "train_step", self._on_step)
+
+    def _on_epoch(self, epoch, **unused) -> None:
+        self.epoch = epoch
+
+    def _on_step(self, update_num, **unused) -> None:
+        self.num_updates = update_num
+
+
+class EarmSchedule:
+    """λ at the present update: 0 before E-ARM's start, then a linear warm-up to `earm_weight`."""
+
+    def __init__(self, cfg, clock: TrainingClock, state: MeterState):
+        self.weight = cfg.earm_weight
+        self.start_epoch = cfg.earm_start_epoch
+        self.start_update = cfg.earm_start_update
+        self.warmup = cfg.earm_warmup_updates
+        self.clock = clock
+        self.state = state
+
+    def current_weight(self) -> float:
+        """λ for the update under way."""
+        if self.weight == 0 or not self._started():
+            return 0.0
+        if self.warmup == 0:
+            return self.weight
+        done = self.clock.num_updates - self._first_update()
+        return self.weight * min(1.0, (done + 1) / self.warmup)
+
+    def _started(self) -> bool:
+        if self.start_update >= 0:
+            return self.clock.num_updates >= self.start_update
+        return self.clock.epoch >= self.start_epoch
+
+    def _first_update(self) -> int:
+        if self.start_update >= 0:
+            return self.start_update
+        if self.state.get("first_update") is None:
+            self.state.set("first_update", self.clock.num_updates)
+        return int(self.state.get("first_update"))
+
+
+class NonfiniteGuard:
+    """Skips updates whose gradient is not finite, as fairseq does in half precision, where it would stop in float32.
+
+    The gradient is judged after it was reduced over the workers, so all of them skip together. In half precision and
+    under --amp fairseq's own loss scaler does this, and is left to it. Only updates that used E-ARM are guarded.
+    """
+
+    def __init__(self, task, state: MeterState):
+        self.state = state
+        self.armed = False
+        self.skipping = False
+        self.in_a_row = 0
+        self.optimizer = None
+        observe(task, "train_step", self._on_step)
+        self._step = task.optimizer_step
+        task.optimizer_step = self._optimizer_step
+
+    def _on_step(self, optimizer, **unused) -> None:
+        if optimizer is not self.optimizer and getattr(optimizer, "scaler", None) is None:
+            self.optimizer = optimizer
+            optimizer.clip_grad_norm = functools.partial(self._clip, optimizer.clip_grad_norm)
+
+    def _clip(self, clip_grad_norm: Callable, *args, **kwargs):
+        norm = torch.as_tensor(clip_grad_norm(*args, **kwargs))
+        self.skipping = self.armed and not bool(torch.isfinite(norm).all())
+        self.armed = False
+        self.in_a_row = self.in_a_row + 1 if self.skipping else 0
+        if not self.skipping or self.in_a_row > MAX_SKIPPED_IN_A_ROW:
+            return norm
+        self.optimizer.zero_grad()
+        skipped = int(self.state.get("skipped_updates", 0)) + 1
+        self.state.set("skipped_updates", skipped)
+        logger.warning(f"E-ARM's gradient is not finite: update skipped ({skipped} skipped so far)")
+        return torch.zeros_like(norm)
+
+    def _optimizer_step(self, *args, **kwargs) -> None:
+        if not self.skipping:
+            self._step(*args, **kwargs)
+        self.skipping = False

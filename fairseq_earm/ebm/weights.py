@@ -1,0 +1,96 @@
+"""Importance weights of sequences drawn from the softmax q towards the energy-based model (Eqs. 13, 14)."""
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+def grouped_log_mean_exp(values: Tensor, mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Log of the mean of exp(values) over the rows of each group that are alive, step by step.
+
+    Args:
+        values, mask: (R, T).
+        groups: (R,) group of each row, in [0, num_groups).
+    Returns:
+        (num_groups, T), −inf where a group has no row alive.
+    """
+    values = values.masked_fill(~mask, -math.inf)
+    steps = values.size(1)
+    index = groups.unsqueeze(1).expand(-1, steps)
+    peak = values.new_full((num_groups, steps), -math.inf).scatter_reduce(0, index, values, "amax")
+    reference = peak.masked_fill(peak.isneginf(), 0.0)
+    total = values.new_zeros(num_groups, steps).index_add(0, groups, (values - reference[groups]).exp())
+    count = group_counts(mask, groups, num_groups).clamp_min(1).to(values.dtype)
+    return total.log() + reference - count.log()
+
+
+def group_counts(mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """(num_groups, T) number of rows of each group that are alive at each step."""
+    counts = torch.zeros(num_groups, mask.size(1), dtype=torch.long, device=mask.device)
+    return counts.index_add(0, groups, mask.long())
+
+
+def step_log_normalizer(logsumexp: Tensor, mask: Tensor) -> Tensor:
+    """(T,) log normaliser of each step: log-mean-exp over the rows alive at it, −inf where none is."""
+    everyone = torch.zeros(mask.size(0), dtype=torch.long, device=mask.device)
+    return grouped_log_mean_exp(logsumexp, mask, everyone, 1).squeeze(0)
+
+
+def moving_log_normalizer(previous: Optional[Tensor], batch: Tensor, decay: float) -> Tensor:
+    """Exponential moving average of normalisers, taken on exp and kept as log.
+
+    Args:
+        previous: (T',) the average so far, None at the first batch. Steps it has not seen start at the batch's value.
+        batch: (T,) this batch's log normaliser, −inf at steps that no row reached: those keep the average.
+        decay: weight of the past, 0 < decay < 1.
+    Returns:
+        (max(T, T'),) log normaliser.
+    """
+    if previous is None:
+        return batch
+    length = max(previous.numel(), batch.numel())
+    past = torch.full((length,), -math.inf, dtype=batch.dtype, device=batch.device)
+    now = past.clone()
+    past[: previous.numel()] = previous.to(batch)
+    now[: batch.numel()] = batch
+    mixed = torch.logaddexp(past + math.log(decay), now + math.log1p(-decay))
+    return torch.where(past.isneginf(), now, torch.where(now.isneginf(), past, mixed))
+
+
+def log_importance_weights(logsumexp: Tensor, mask: Tensor, *, log_normalizer: Optional[Tensor] = None) -> Tensor:
+    """(R, T) log w_k = logsumexp_k − log normaliser of step k (Eq. 14), −inf where `mask` is False; detached.
+
+    Args:
+        logsumexp: (R, T) of the sampled rows.
+        mask: (R, T), True on the steps at which a row is alive.
+        log_normalizer: (T,) or (R, T); by default the log-mean-exp over the rows alive at each step.
+    """
+    logsumexp = logsumexp.detach()
+    if log_normalizer is None:
+        log_normalizer = step_log_normalizer(logsumexp, mask)
+    return (logsumexp - log_normalizer.detach()).masked_fill(~mask, -math.inf)
+
+
+def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
+    """Kish's effective sample size (Σw)² / Σw² along `dim`: between 1 and the number of weights, 0 where none is alive."""
+    log_size = 2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim)
+    return torch.where(log_weights.isneginf().all(dim), torch.zeros_like(log_size), log_size.exp())
+
+
+def resample(log_weights: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
+    """Order candidates by successive draws without replacement, each with probability proportional to its weight.
+
+    The first column is the one draw of Algorithm 1 (Deng et al. 2020); further columns serve n-best lists.
+    Perturbing log-weights by Gumbel noise and sorting is that sequence of draws.
+
+    Args:
+        log_weights: (..., N), unnormalised; −inf is never drawn before a finite one.
+    Returns:
+        (..., N) indices.
+    """
+    uniform = torch.rand(log_weights.shape, generator=generator, dtype=torch.float64, device=log_weights.device)
+    gumbel = -(-uniform.clamp_min(torch.finfo(torch.float64).tiny).log()).log()
+    return (log_weights.double() + gumbel).argsort(-1, descending=True)

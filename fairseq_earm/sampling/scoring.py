@@ -1,0 +1,91 @@
+"""Teacher-forced passes: what a model says about given target sequences."""
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_earm.ebm.energy import TokenEnergies, log_mu, token_energies
+
+
+class SequenceScores(NamedTuple):
+    """A model's log-probability and energy of whole sequences, in nats.
+
+    Attributes:
+        log_q: (R, T) log-probability of each token under the softmax, 0 where masked.
+        log_mu: (R,) logsumexp at the last step, or one step after it: minus the residual energy (Eq. 4).
+    """
+
+    log_q: Tensor
+    log_mu: Tensor
+
+
+def decoder_input(tokens: Tensor, start, *, extra_step: bool = False) -> Tensor:
+    """Shift targets right behind the decoder's start token.
+
+    Args:
+        tokens: (R, T) right-padded targets.
+        start: one token index for all rows, or (R,) of them.
+        extra_step: keep the last token too, so that the decoder also takes the step after it: (R, T + 1).
+    """
+    first = torch.as_tensor(start, device=tokens.device).expand(tokens.size(0)).unsqueeze(1)
+    return torch.cat([first, tokens if extra_step else tokens[:, :-1]], 1)
+
+
+def start_tokens(net_input: dict, eos: int) -> Tensor:
+    """(B,) first decoder input of each sentence: what the batch says, else end-of-sentence as fairseq does."""
+    if net_input.get("prev_output_tokens") is not None:
+        return net_input["prev_output_tokens"][:, 0]
+    return torch.full_like(net_input["src_lengths"], eos)
+
+
+def energies_with_post_step(logits: Tensor, tokens: Tensor, mask: Tensor) -> tuple:
+    """Token energies whose last step is the one after the last token.
+
+    Nothing is predicted there, so its NLL is zero and its energy −logsumexp: target logit := logsumexp.
+
+    Args:
+        logits: (R, T + 1, V) of a decoder fed with `decoder_input(tokens, start, extra_step=True)`.
+        tokens: (R, T) targets.
+        mask: (R, T) True on real tokens.
+    Returns:
+        TokenEnergies (R, T + 1) and their mask (R, T + 1), one step longer per row than `mask`.
+    """
+    padded = torch.cat([tokens, tokens[:, -1:]], 1)
+    energies = token_energies(logits, padded)
+    is_target = torch.cat([mask, mask.new_zeros(mask.size(0), 1)], 1)
+    target_logit = torch.where(is_target, energies.target_logit, energies.logsumexp)
+    alive = torch.cat([mask.new_ones(mask.size(0), 1), mask], 1)
+    return TokenEnergies(energies.logsumexp, target_logit), alive
+
+
+@torch.no_grad()
+def score_sequences(
+    model, net_input: dict, tokens: Tensor, mask: Tensor, *, sources: Optional[Tensor] = None, energy_step: str = "last",
+) -> SequenceScores:
+    """Score target sequences of one batch of source sentences with a fairseq encoder-decoder model.
+
+    The model is used in the mode it is in (put it in eval mode for evaluation).
+
+    Args:
+        model: an unwrapped encoder-decoder model.
+        net_input: the batch's `net_input`; of its `prev_output_tokens` only the start token is used.
+        tokens, mask: (R, T) right-padded targets with end-of-sentence, True on real tokens.
+        sources: (R,) row of `net_input` that each target belongs to; by default target i belongs to source i.
+        energy_step: "last" reads log μ at the last token's step, "post" one step after it.
+    """
+    inputs = {k: v for k, v in net_input.items() if k != "prev_output_tokens"}
+    encoder_out = model.encoder(**inputs)
+    start = start_tokens(net_input, model.decoder.dictionary.eos())
+    if sources is not None:
+        encoder_out = model.encoder.reorder_encoder_out(encoder_out, sources)
+        start = start[sources]
+    post = energy_step == "post"
+    logits = model.decoder(decoder_input(tokens, start, extra_step=post), encoder_out=encoder_out)[0]
+    if post:
+        energies, alive = energies_with_post_step(logits, tokens, mask)
+    else:
+        energies, alive = token_energies(logits, tokens), mask
+    log_q = -energies.nll[:, : tokens.size(1)].masked_fill(~mask, 0.0)
+    return SequenceScores(log_q, log_mu(energies.logsumexp, alive))

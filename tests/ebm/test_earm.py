@@ -1,0 +1,261 @@
+"""E-ARM's loss against the exact gradient of Eq. 6, by enumeration; and that no slip goes unnoticed."""
+from __future__ import annotations
+
+import inspect
+import types
+
+import pytest
+import torch
+
+from fairseq_earm.ebm import earm, weights
+from fairseq_earm.ebm.earm import earm_loss, history, nll_terms
+from fairseq_earm.ebm.energy import TokenEnergies
+from tests.oracles.tabular import TabularModel, exact_objective, gradient
+
+DATA = [(1, 0), (2, 1, 0), (0,), (1, 2, 2), (2, 0), (1, 1, 0), (1, 0), (2, 2, 0)]
+DATA_SOURCES = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])
+
+
+def estimate(model, loss_function=earm_loss, *, energy_steps="all", normalizer="batch", **settings):
+    """The loss on DATA with negatives that are distributed exactly as q."""
+    post = energy_steps == "post"
+    sequences, sources = model.exact_batch()
+    positive, positive_mask = model.energies(DATA, DATA_SOURCES, post=post)
+    negative, negative_mask = model.energies(sequences, sources, post=post)
+    if normalizer == "source":
+        # A data row's own negatives: one copy of its source's sequences per row.
+        rows = [i for data_source in DATA_SOURCES for i in (sources == data_source).nonzero().flatten().tolist()]
+        negative = TokenEnergies(*(tensor[rows] for tensor in negative))
+        negative_mask = negative_mask[rows]
+        sources = torch.arange(len(DATA)).repeat_interleave(len(rows) // len(DATA))
+    return loss_function(
+        positive,
+        positive_mask,
+        negative,
+        negative_mask,
+        energy_steps=energy_steps,
+        normalizer=normalizer,
+        sources=sources,
+        **settings,
+    )
+
+
+def relative_error(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("normalizer", ["batch", "source"])
+@pytest.mark.parametrize("energy_steps", ["all", "last", "post"])
+@pytest.mark.parametrize("recent_tokens", [-1, 0, 1, 2])
+def test_gradient_is_that_of_the_exact_objective(recent_tokens, energy_steps, normalizer, seed):
+    model = TabularModel(seed=seed)
+    settings = {"recent_tokens": recent_tokens, "energy_steps": energy_steps, "normalizer": normalizer}
+    expected = gradient(exact_objective(model, DATA, DATA_SOURCES, **settings), model)
+    got = gradient(estimate(model, **settings).loss, model)
+    assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("normalizer", ["batch", "source"])
+@pytest.mark.parametrize("recent_tokens", [-1, 2])
+def test_rao_blackwell_has_the_same_expectation(recent_tokens, normalizer):
+    model = TabularModel(seed=3)
+    settings = {"recent_tokens": recent_tokens, "normalizer": normalizer}
+    expected = gradient(exact_objective(model, DATA, DATA_SOURCES, **settings), model)
+    got = gradient(estimate(model, rao_blackwell=True, **settings).loss, model)
+    assert relative_error(got, expected) < 1e-12
+
+
+def test_a_logit_shift_of_all_prefixes_has_no_gradient():
+    model = TabularModel(seed=1)
+    for energy_steps in ("all", "last", "post"):
+        grad = gradient(estimate(model, energy_steps=energy_steps).loss, model)
+        assert abs(grad.sum().item()) < 1e-10
+
+
+# Each entry: what goes wrong, where, the line as it is, the line as it would be.
+SLIPS = [
+    ("history includes its own token", earm, "range(1, recent_tokens + 1)", "range(0, recent_tokens)"),
+    ("first step left out", earm, "return _Steps(past, energies.phi, energies.logsumexp, mask)",
+     "return _Steps(past, energies.phi, energies.logsumexp, mask & (torch.arange(mask.size(1)) > 0))"),
+    ("end-of-sentence left out", earm, "return _Steps(past, energies.phi, energies.logsumexp, mask)",
+     "return _Steps(past, energies.phi, energies.logsumexp, mask & F.pad(mask[:, 1:], (0, 1)))"),
+    ("phi with the wrong sign", earm, "_masked_sum(data.history + data.phi, data_mask)",
+     "_masked_sum(data.history - data.phi, data_mask)"),
+    ("negatives' phi with the wrong sign", earm, "weights * (model.history + phi)", "weights * (model.history - phi)"),
+    ("weights of the previous step", earm, "weights = log_weights.exp()",
+     "weights = F.pad(log_weights[:, :-1], (1, 0)).exp()"),
+    ("weights of the next step", earm, "weights = log_weights.exp()",
+     "weights = F.pad(log_weights[:, 1:], (0, 1), value=0.0).nan_to_num(neginf=0.0).exp()"),
+    ("no weights", earm, "weights = log_weights.exp()", "weights = torch.ones_like(log_weights)"),
+    ("baseline on the history", earm, "weights * (model.history + phi)",
+     "((log_weights.exp() - 1) * model.history + log_weights.exp() * phi) * share[model_group]"),
+    ("unmatched counts", earm, "share = data_count.to(log_weights.dtype) / model_count.clamp_min(1)",
+     "share = (data_count.sum() / model_count.sum()).expand_as(model_count)"),
+    ("one normaliser for all steps", earm, "log_weights = log_importance_weights(",
+     "log_normalizer = torch.full_like(log_normalizer, model.logsumexp.detach()[model.mask].logsumexp(0) - model.mask.sum().log())"
+     "; log_weights = log_importance_weights("),
+    ("weights not detached", weights, "logsumexp = logsumexp.detach()", "pass"),
+    ("normaliser not divided by the count", weights, "+ reference - count.log()", "+ reference"),
+    ("unreached data steps kept", earm, "data_mask = data.mask & (model_count > 0)[data_group]", "data_mask = data.mask"),
+]
+
+
+def mutated_loss(module, line, replacement):
+    """`earm_loss` as it would be with one line of `earm` or `weights` changed."""
+    copies = {}
+    for original in (weights, earm):
+        source = inspect.getsource(original)
+        if original is module:
+            assert source.count(line) == 1, f"the line to change is not there once: {line}"
+            source = source.replace(line, replacement)
+        copies[original.__name__] = copy = types.ModuleType("copy_of_" + original.__name__.split(".")[-1])
+        copy.__dict__["__annotations__"] = {}
+        exec(compile(source, copy.__name__, "exec"), copy.__dict__)
+    for name in ("group_counts", "grouped_log_mean_exp", "log_importance_weights"):
+        setattr(copies[earm.__name__], name, getattr(copies[weights.__name__], name))
+    return copies[earm.__name__].earm_loss
+
+
+@pytest.mark.parametrize("slip, module, line, replacement", SLIPS, ids=[slip[0].replace(" ", "-") for slip in SLIPS])
+def test_every_slip_is_caught(slip, module, line, replacement):
+    model = TabularModel(seed=0)
+    expected = gradient(exact_objective(model, DATA, DATA_SOURCES, recent_tokens=2), model)
+    if slip == "unreached data steps kept":
+        short = [i for i, sequence in enumerate(DATA) if len(sequence) == 1]
+        assert unreached_steps_lose(mutated_loss(module, line, replacement), model, short)
+        return
+    got = gradient(estimate(model, mutated_loss(module, line, replacement), recent_tokens=2).loss, model)
+    assert relative_error(got, expected) > 0.03
+
+
+def unreached_steps_lose(loss_function, model, short):
+    """Whether data steps beyond all negatives still pull on the logits when the negatives are `short` rows of DATA."""
+    positive, positive_mask = model.energies(DATA, DATA_SOURCES)
+    negative, negative_mask = model.energies([DATA[i] for i in short], DATA_SOURCES[short])
+    grad = gradient(loss_function(positive, positive_mask, negative, negative_mask).loss, model)
+    beyond = [row for (source, prefix), row in model.row.items() if len(prefix) > 0]
+    return grad[beyond].abs().sum() > 0
+
+
+def test_data_steps_that_no_negative_reaches_are_left_out():
+    model = TabularModel()
+    assert not unreached_steps_lose(earm_loss, model, [2])
+    with_negatives = earm_loss(*model.energies(DATA, DATA_SOURCES), *model.energies([(0,)], [0]))
+    assert with_negatives.data_steps == len(DATA)
+
+
+def test_history_is_a_window_before_the_token():
+    nll = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    assert history(nll, mask, 2).tolist() == [[0, 1, 3, 6, 12]]
+    assert history(nll, mask, 0).tolist() == [[0, 0, 0, 0, 0]]
+    assert history(nll, mask, -1).tolist() == [[0, 1, 3, 7, 15]]
+    assert history(nll, mask, 99).tolist() == [[0, 1, 3, 7, 15]]
+
+
+def test_control_terms_repeat_each_token_by_its_later_steps():
+    model = TabularModel()
+    positive, mask = model.energies(DATA, DATA_SOURCES)
+    expected = sum(
+        positive.nll[i, l]
+        for i, sequence in enumerate(DATA)
+        for k in range(len(sequence))
+        for l in range(max(0, k - 2), k + 1)
+    )
+    assert nll_terms(positive, mask, recent_tokens=2).item() == pytest.approx(expected.item())
+    last_only = sum(positive.nll[i, len(sequence) - 1] for i, sequence in enumerate(DATA)).item()
+    assert nll_terms(positive, mask, recent_tokens=0, energy_steps="last").item() == pytest.approx(last_only)
+
+
+def test_smoothed_history_replaces_the_data_history_only():
+    model = TabularModel()
+    positive, mask = model.energies(DATA, DATA_SOURCES)
+    negative, negative_mask = model.energies(*model.exact_batch())
+    plain = earm_loss(positive, mask, negative, negative_mask)
+    doubled = earm_loss(positive, mask, negative, negative_mask, positive_history=2 * positive.nll)
+    past = history(positive.nll, mask, 2).masked_fill(~mask, 0.0).sum()
+    assert (doubled.positive_phase - plain.positive_phase).item() == pytest.approx(past.item())
+    assert doubled.negative_phase.item() == plain.negative_phase.item()
+
+
+def test_padding_changes_nothing():
+    model = TabularModel()
+
+    def loss(padding, energy_steps):
+        phases = []
+        for sequences, sources in ((DATA, DATA_SOURCES), model.exact_batch()):
+            energies, mask = model.energies(sequences, sources)
+            filler = torch.full((mask.size(0), padding), 1e4, dtype=torch.float64)
+            phases.append(TokenEnergies(*(torch.cat([tensor, filler], 1) for tensor in energies)))
+            phases.append(torch.nn.functional.pad(mask, (0, padding)))
+        return earm_loss(*phases, energy_steps=energy_steps)
+
+    for energy_steps in ("all", "last"):
+        plain, wide = loss(0, energy_steps), loss(3, energy_steps)
+        assert wide.loss.item() == pytest.approx(plain.loss.item(), abs=1e-9)
+        assert relative_error(gradient(wide.loss, model), gradient(plain.loss, model)) < 1e-12
+
+
+def test_gradcheck_with_weights_held_fixed():
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    log_normalizer = torch.randn(3, dtype=torch.float64)
+    fixed = torch.randn(3, 3, dtype=torch.float64)
+
+    def loss(target_logit, negative_target_logit):
+        positive, negative = TokenEnergies(fixed, target_logit), TokenEnergies(fixed, negative_target_logit)
+        return earm_loss(positive, mask, negative, mask, log_normalizer=log_normalizer).loss
+
+    inputs = [torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_half_precision_logits_agree():
+    from fairseq_earm.ebm.energy import token_energies
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 6, 50, generator=generator)
+    negative_logits = 3 * torch.randn(4, 6, 50, generator=generator)
+    target = torch.randint(50, (4, 6), generator=generator)
+    mask = torch.ones(4, 6, dtype=torch.bool)
+
+    def loss(dtype):
+        return earm_loss(
+            token_energies(logits.to(dtype), target), mask, token_energies(negative_logits.to(dtype), target), mask
+        ).loss
+
+    assert loss(torch.float16).dtype == torch.float32
+    assert loss(torch.float16).item() == pytest.approx(loss(torch.float32).item(), rel=2e-3)
+    assert loss(torch.bfloat16).item() == pytest.approx(loss(torch.float32).item(), rel=2e-2)
+
+
+def test_dv_is_the_bound_and_energies_are_means_of_minus_logsumexp():
+    model = TabularModel()
+    positive, mask = model.energies(DATA, DATA_SOURCES)
+    negative, negative_mask = model.energies(*model.exact_batch())
+    result = earm_loss(positive, mask, negative, negative_mask)
+    expected = 0.0
+    for k in range(3):
+        log_mean = negative.logsumexp[negative_mask[:, k], k].exp().mean().log()
+        expected += (positive.logsumexp[mask[:, k], k] - log_mean).sum().item()
+    assert result.dv.item() == pytest.approx(expected)
+    assert result.energy_data.item() == pytest.approx(-positive.logsumexp[mask].sum().item())
+    assert result.energy_negatives.item() == pytest.approx(-negative.logsumexp[negative_mask].sum().item())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"energy_steps": "first"}, "energy_steps"),
+        ({"normalizer": "corpus"}, "normalizer"),
+        ({"normalizer": "source"}, "sources"),
+        ({"energy_steps": "last", "rao_blackwell": True}, "rao_blackwell"),
+        ({"normalizer": "source", "sources": torch.tensor([0]), "log_normalizer": torch.zeros(3)}, "log_normalizer"),
+    ],
+)
+def test_contradictory_settings_are_refused(settings, message):
+    model = TabularModel()
+    energies, mask = model.energies([(1, 0)], [0])
+    with pytest.raises(ValueError, match=message):
+        earm_loss(energies, mask, energies, mask, **settings)

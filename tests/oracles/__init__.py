@@ -1,0 +1,1 @@
+"""Brute-force enumerators, one per quantity, in float64."""
