@@ -117,7 +117,7 @@ def fit_temperature(log_q: Tensor, log_mu: Tensor, sample_log_mu: Tensor, *, sha
         grid = torch.linspace(low, high, GRID, dtype=torch.float64).tolist()
         best = min(grid, key=cost)
         width = (high - low) / (GRID - 1)
-        low, high = max(0.0, best - width), best + width
+        low, high = max(0.0, best - width), min(LARGEST_TEMPERATURE, best + width)
     return min((0.0, best), key=cost)
 
 

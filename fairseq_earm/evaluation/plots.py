@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Dict, List, Mapping, Sequence, Tuple, Union
@@ -14,7 +15,9 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 PathLike = Union[str, Path]
 # One record of a log: what kind ("train_inner", "train", "valid"), then a JSON object.
-RECORD = re.compile(r"\b(train_inner|train|valid\w*|test)[ |:]+(\{.*\})\s*$")
+RECORD = re.compile(r"(?<![\w.])(train_inner|train|valid\w*|test)[ |:]+(\{\".*\})\s*$")
+# Importing fairseq may leave the root logger at DEBUG, and matplotlib then reports every font it looks at.
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
 COLOURS = plt.get_cmap("tab10").colors
 
 

@@ -14,6 +14,7 @@ from fairseq_earm.evaluation import plots  # noqa: E402
 def log(tmp_path):
     inner = [{"epoch": 1, "loss": str(4 - n / 100), "earm_dv": str(n / 1000), "num_updates": str(n), "note": "x"} for n in (50, 100)]
     lines = ["2025-01-01 10:00:00 | INFO | fairseq_cli.train | training on 1 devices {not a record}"]
+    lines += ["2025-01-01 10:00:00 | INFO | fairseq_cli.train | {'_name': None, 'num_updates': 3}"]
     lines += [f"2025-01-01 10:00:01 | INFO | train_inner | {json.dumps(record)}" for record in inner]
     lines += ['2025-01-01 10:00:02 | INFO | valid | {"epoch": 1, "valid_nll_loss": "2.5", "valid_num_updates": "100"}']
     path = tmp_path / "train.log"
