@@ -137,7 +137,9 @@ def candidate_log_mu(
 def _score_part(model, net_input: dict, tokens: Tensor, mask: Tensor, sources: Tensor, energy_step: str) -> Tensor:
     """(R,) log μ of some rows, with only the sentences and the steps that they need."""
     needed, local = sources.unique(return_inverse=True)
-    inputs = {k: v.index_select(0, needed) if torch.is_tensor(v) else v for k, v in net_input.items()}
+    # Without the reference's decoder input, which under --left-pad-target starts with padding.
+    kept = {k: v for k, v in net_input.items() if k != "prev_output_tokens"}
+    inputs = {k: v.index_select(0, needed) if torch.is_tensor(v) else v for k, v in kept.items()}
     steps = int(mask.sum(1).max())
     return score_sequences(
         model, inputs, tokens[:, :steps], mask[:, :steps], sources=local, energy_step=energy_step

@@ -54,6 +54,11 @@ def test_printed_scores_order_and_translations(tiny):
     assert few == {sentence: lines[:2] for sentence, lines in tagged(energy, "H").items()}
 
 
+def test_scores_do_not_depend_on_the_references_padding(tiny):
+    left, right = (generate(tiny, *BEAM, *RERANK, *side, subset="valid") for side in (["--left-pad-target"], []))
+    assert left == right
+
+
 def test_ensembles_generate(tiny):
     stock = generate(tiny, *BEAM, task="translation", models="ab")
     assert generate(tiny, *BEAM, *RERANK, "--energy-weight", 0, models="ab") == stock
