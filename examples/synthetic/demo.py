@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -24,7 +25,11 @@ from commands import (  # noqa: E402
 )
 
 WORKERS = 2
-# Sentences of one seed; each split has its own, so that no split depends on the size of another.
+# The first file that a run writes: marks a folder that a later run may clear.
+LOG = "preprocess.log"
+PLAIN_WAYS = ("greedy", "beam")
+WAYS = (*PLAIN_WAYS, "reranked", "resampled")
+# Each split has a seed of its own, so that none depends on the size of another.
 SPLIT_SEEDS = {"train": 1, "valid": 2, "test": 3}
 
 
@@ -42,14 +47,16 @@ class Demo:
         self.runner = Runner(commands)
 
     def prepare(self) -> None:
-        """Write the sentence pairs and binarise them."""
+        """Clear what an earlier run left, which fairseq would otherwise resume; write the sentence pairs and binarise them."""
+        for name in ("data", "runs"):
+            shutil.rmtree(self.output / name, ignore_errors=True)
         self.raw.mkdir(parents=True, exist_ok=True)
         for split, seed in SPLIT_SEEDS.items():
             pairs = language.sample_pairs(getattr(self.size, split), seed)
             for side, name in enumerate(("src", "tgt")):
                 text = "".join(" ".join(pair[side]) + "\n" for pair in pairs)
                 (self.raw / f"{split}.{name}").write_text(text)
-        self.runner.run(preprocess_command(self.raw, self.binary), self.output / "preprocess.log")
+        self.runner.run(preprocess_command(self.raw, self.binary), self.output / LOG)
 
     def folder(self, seed: int, name: str) -> Path:
         """Where a model's checkpoint, logs and numbers are."""
@@ -75,8 +82,8 @@ class Demo:
         self.runner.run(command, folder / "measure.log")
         return json.loads(found.read_text())
 
-    def generate(self, seed: int, name: str, energy_step: str, temperature: float) -> None:
-        """Greedy, beam, beam reranked by energy and samples resampled by energy, at the temperature fitted on validation data."""
+    def generate(self, seed: int, name: str, energy_step: str, temperature: float, reranks: bool) -> None:
+        """Greedy, beam; by energy, at the temperature fitted on validation data: beam reranked and samples resampled."""
         folder = self.folder(seed, name)
         energy = ["--energy-rerank", "--energy-weight", f"{temperature:.4f}", "--energy-step", energy_step]
         ways = {
@@ -88,15 +95,15 @@ class Demo:
                 "--energy-select", "resample", "--seed", str(seed),
             ],
         }
-        for way, flags in ways.items():
+        for way in WAYS if reranks else PLAIN_WAYS:
             self.runner.run(
-                generate_command(self.binary, folder / "checkpoint_last.pt", flags), folder / f"generate-{way}.log"
+                generate_command(self.binary, folder / "checkpoint_last.pt", ways[way]), folder / f"generate-{way}.log"
             )
 
-    def judge(self, seed: int, name: str, energy_step: str) -> None:
+    def judge(self, seed: int, name: str, energy_step: str, reranks: bool) -> None:
         """Everything that is done with a trained model."""
         found = self.measure(seed, name, energy_step)
-        self.generate(seed, name, energy_step, found["temperature"])
+        self.generate(seed, name, energy_step, found["temperature"], reranks)
 
 
 def run_all(demo: Demo) -> None:
@@ -105,12 +112,12 @@ def run_all(demo: Demo) -> None:
     def base(seed):
         demo.train_base(seed)
         jobs.extend(pool.submit(branch, seed, key) for key in demo.size.branches)
-        demo.judge(seed, "base", "last")
+        demo.judge(seed, "base", "last", False)
 
     def branch(seed, key):
         chosen = settings.BRANCHES[key]
         demo.train_branch(seed, key, key, chosen.learning_rate)
-        demo.judge(seed, key, chosen.energy_step)
+        demo.judge(seed, key, chosen.energy_step, chosen.reranks)
 
     with ThreadPoolExecutor(WORKERS) as pool:
         jobs = [pool.submit(base, seed) for seed in demo.size.seeds]
@@ -146,17 +153,29 @@ def finish(demo: Demo, jobs: list) -> None:
         raise failed
 
 
+def count_commands(size: settings.Size, tune: bool) -> int:
+    """How many commands a run has."""
+    if tune:
+        return 2 + 2 * len(settings.TUNED_BRANCHES) * len(settings.GRID)
+    reranking = [settings.BRANCHES[key].reranks for key in size.branches]
+    of_each = [2 + len(WAYS if reranks else PLAIN_WAYS) for reranks in [False, *reranking]]
+    return 1 + sum(of_each) * len(size.seeds)
+
+
 def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for everything that is written")
     parser.add_argument("--quick", action="store_true", help="a few updates and sentences: checks that all parts work")
+    parser.add_argument("--paper", action="store_true", help="also run E-ARM in the paper's setting, and its control")
     parser.add_argument("--tune", action="store_true", help="try learning rates on a grid instead, and print the table")
     args = parser.parse_args(arguments)
     size = settings.QUICK if args.quick else settings.FULL
     started = time.perf_counter()
-    models = 1 + len(size.branches)
-    trials = len(settings.TUNED_BRANCHES) * len(settings.GRID)
-    demo = Demo(args.output, size, 2 + 2 * trials if args.tune else 1 + 6 * models * len(size.seeds))
+    if args.paper:
+        size = size._replace(branches=tuple(settings.BRANCHES))
+    if args.output.exists() and any(args.output.iterdir()) and not (args.output / LOG).exists():
+        parser.error(f"{args.output} holds files that are no demonstration's; name another folder with --output")
+    demo = Demo(args.output, size, count_commands(size, args.tune))
     try:
         demo.prepare()
         if args.tune:

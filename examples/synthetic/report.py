@@ -7,7 +7,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -65,10 +65,12 @@ def model_numbers(folder: Path, size: settings.Size) -> Dict[str, float]:
     measured = json.loads((folder / "measure.json").read_text())
     numbers = {key: value for key, value in measured.items() if isinstance(value, (int, float))}
     numbers["ess"] = statistics.mean(measured["ess_share"])
-    for way in ("greedy", "beam", "reranked"):
-        numbers[f"bleu_{way}"] = bleu(folder / f"generate-{way}.log", size.test)
-    pairs = translations(folder / "generate-resampled.log", size.test)
-    numbers["in_language_resampled"] = statistics.mean(language.is_translation(s, t) for s, t in pairs)
+    for log in sorted(folder.glob("generate-*.log")):
+        numbers[log.stem.replace("generate-", "bleu_")] = bleu(log, size.test)
+    resampled = folder / "generate-resampled.log"
+    if resampled.exists():
+        inside = [language.is_translation(source, output) for source, output in translations(resampled, size.test)]
+        numbers["in_language_resampled"] = statistics.mean(inside)
     numbers["seconds_per_update"] = seconds_per_update(folder / "train.log")
     return numbers
 
@@ -112,7 +114,7 @@ def table(results: Results, size: settings.Size) -> str:
     heads = [title.partition(", ")[::2] for title in titles(size).values()]
     lines = [["", *(first for first, _ in heads)], ["", *(second for _, second in heads)]]
     for metric in METRICS:
-        lines.append([metric.title, *(cell(results[name][metric.key], metric.digits) for name in titles(size))])
+        lines.append([metric.title, *(cell(results[name].get(metric.key), metric.digits) for name in titles(size))])
     widths = [max(map(len, column)) for column in zip(*lines)]
     first, second, *rest = [align(line, widths) for line in lines]
     return "\n".join([first, second, "-" * sum(widths, 2 * len(heads)), *rest])
@@ -124,8 +126,10 @@ def align(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
 
 
-def cell(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation."""
+def cell(values: Optional[Sequence[float]], digits: int) -> str:
+    """Mean ± standard deviation; a dash for what was not measured."""
+    if values is None:
+        return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ±{spread(values):.{digits}f}" if len(values) > 1 else mean
 

@@ -52,6 +52,7 @@ class Branch(NamedTuple):
         flags: of the criterion.
         energy_step: where log μ is read when the model is judged or reranks.
         control: name of the branch that has the same likelihood terms without energy, "" for none.
+        reranks: whether its energy is also used to rerank and resample.
         time_factor: updates as a multiple of the other branches', for the row that has E-ARM's time instead of its updates.
     """
 
@@ -60,6 +61,7 @@ class Branch(NamedTuple):
     flags: List[str]
     energy_step: str = "last"
     control: str = ""
+    reranks: bool = False
     time_factor: float = 1.0
 
 
@@ -68,15 +70,18 @@ LAST = [*EARM, "--earm-energy-steps", "last", "--earm-recent-tokens", "0"]
 PAPER = [*EARM, "--earm-energy-steps", "all", "--earm-recent-tokens", "2"]
 
 BRANCHES: Dict[str, Branch] = {
-    "ce": Branch("cross-entropy", 3e-3, CROSS_ENTROPY),
-    "ce-time": Branch("cross-entropy, E-ARM's time", 3e-3, CROSS_ENTROPY, time_factor=2.5),
-    "control": Branch("control", 3e-3, [*LAST, "--earm-control"]),
-    "earm": Branch("E-ARM", 1e-3, LAST, control="control"),
-    "control-paper": Branch("control, paper's setting", 1e-3, [*PAPER, "--earm-control"]),
-    "earm-paper": Branch("E-ARM, paper's setting", 1e-3, PAPER, control="control-paper"),
+    "ce": Branch("cross-entropy", 1e-3, CROSS_ENTROPY),
+    "ce-time": Branch("cross-entropy, E-ARM's time", 1e-3, CROSS_ENTROPY, time_factor=2.5),
+    "control": Branch("control", 1e-3, [*LAST, "--earm-control"], reranks=True),
+    "earm": Branch("E-ARM", 1e-3, LAST, control="control", reranks=True),
+    "control-paper": Branch("control, paper's setting", 1e-3, [*PAPER, "--earm-control"], reranks=True),
+    "earm-paper": Branch("E-ARM, paper's setting", 1e-3, PAPER, control="control-paper", reranks=True),
 }
-FULL = Size(20_000, 400, 400, 1500, 300, 50, 25, (1, 2, 3), 16, 16, tuple(BRANCHES))
-QUICK = Size(300, 30, 30, 12, 4, 2, 1, (1,), 4, 2, ("ce", "ce-time", "control", "earm"))
+# What `make demo` runs; --paper adds the paper's setting and its control.
+BRANCHES_SHOWN = ("ce", "ce-time", "control", "earm")
+
+FULL = Size(20_000, 400, 400, 1500, 300, 50, 25, (1, 2, 3), 8, 8, BRANCHES_SHOWN)
+QUICK = Size(300, 30, 30, 12, 4, 2, 1, (1,), 4, 2, BRANCHES_SHOWN)
 TUNED_BRANCHES = ["ce", "control", "earm", "control-paper", "earm-paper"]
 GRID = [3e-4, 1e-3, 3e-3]
 

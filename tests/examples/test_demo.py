@@ -11,6 +11,7 @@ import pytest
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "synthetic"
 sys.path.insert(0, str(EXAMPLE))
+import demo  # noqa: E402
 import language  # noqa: E402
 import report  # noqa: E402
 import settings  # noqa: E402
@@ -71,14 +72,19 @@ def test_printed_table_holds_the_numbers(run):
     assert row.split()[4:] == [f"{numbers['nll'][0]:.3f}" for numbers in results_of(output).values()]
 
 
-def test_failing_command_stops_the_demonstration_with_its_output(tmp_path):
-    (tmp_path / "out" / "data").mkdir(parents=True)
-    (tmp_path / "out" / "data" / "binary").write_text("not a folder")
-    command = [sys.executable, str(EXAMPLE / "demo.py"), "--quick", "--output", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "fairseq-preprocess" in done.stderr and "FileExistsError" in done.stderr
-    assert "fairseq-train" not in done.stdout
+def test_failing_command_stops_the_demonstration_with_its_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "preprocess_command", lambda raw, binary: ["fairseq-preprocess", "--no-such-flag"])
+    assert demo.main(["--quick", "--output", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert "failed with exit status 2" in printed.err and "unrecognized arguments: --no-such-flag" in printed.err
+    assert "fairseq-train" not in printed.out
+
+
+def test_folder_of_someone_else_is_left_alone(tmp_path):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SystemExit):
+        demo.main(["--quick", "--output", str(tmp_path)])
+    assert (tmp_path / "runs").exists()
 
 
 def fake_results(earm, control, dv=0.1):
