@@ -35,6 +35,7 @@ METRICS = [
     Metric("joint_nll_lower", "test joint NLL, lower", 3),
     Metric("temperature", "fitted temperature", 2),
     Metric("dv", "DV bound", 3),
+    Metric("dv_per_source", "DV bound, per source", 3),
     Metric("ess", "ESS share of weights", 2),
     Metric("bleu_greedy", "BLEU greedy", 2),
     Metric("bleu_beam", "BLEU beam", 2),
