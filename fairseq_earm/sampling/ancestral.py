@@ -73,7 +73,7 @@ class AncestralSampler:
                 tokens, log_probs = forced[rows, step], torch.zeros_like(log_probs)
             open_rows = rows[live]
             prefixes[open_rows, step + 1] = tokens[live]
-            log_q[open_rows, step] = log_probs[live]
+            log_q[open_rows, step] = log_probs[live].to(log_q.dtype)
             lengths[open_rows] += 1
             ended = tokens.eq(self.eos) if step >= given else torch.zeros_like(live)
             cut = ~ended & (limits[rows] <= step + 1)

@@ -5,6 +5,7 @@ import math
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
@@ -93,8 +94,8 @@ def truncate_log_probs(log_probs: Tensor, topk: int = -1, topp: float = -1.0) ->
     """
     if topp > 0:
         ordered, index = log_probs.sort(-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()
-        outside = before.ge(topp).scatter(-1, index, before.ge(topp))
+        full_before = F.pad(ordered.exp().cumsum(-1)[..., :-1], (1, 0)).ge(topp)
+        outside = full_before.scatter(-1, index, full_before)
     elif topk > 0:
         kept = log_probs.topk(topk, -1).indices
         outside = torch.ones_like(log_probs, dtype=torch.bool).scatter(-1, kept, False)

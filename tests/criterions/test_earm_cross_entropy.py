@@ -1,0 +1,405 @@
+"""The criterion against the stock one, against an independent computation of the loss, and its bookkeeping."""
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from dataclasses import fields
+
+import pytest
+import torch
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.logging import metrics
+
+from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig
+from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
+from fairseq_earm.criterions.training_clock import MAX_SKIPPED_IN_A_ROW, MeterState
+from fairseq_earm.sampling.samples import Samples
+from tests.tiny_model import tiny_batch, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def no_metrics():
+    metrics.reset()
+    yield
+    metrics.reset()
+
+
+class Task:
+    """As much of a fairseq task as a criterion touches."""
+
+    def __init__(self, dictionary, positions=(64, 64)):
+        self.target_dictionary = dictionary
+        self.positions = positions
+        self.stepped = 0
+
+    def max_positions(self):
+        return self.positions
+
+    def begin_epoch(self, epoch, model):
+        pass
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        loss, *rest = criterion(model, sample)
+        loss.backward()
+        return (loss, *rest)
+
+    def optimizer_step(self, optimizer, model, update_num):
+        self.stepped += 1
+
+
+def config(**flags):
+    """The criterion's defaults, with E-ARM from the first epoch."""
+    values = {field.name: field.default for field in fields(EarmCrossEntropyConfig)}
+    values.update(sentence_avg=False, max_epoch=0, max_update=0, earm_start_epoch=1)
+    return Namespace(**{**values, **flags})
+
+
+def build(model, **flags):
+    return EarmCrossEntropyCriterion(Task(model.decoder.dictionary), config(**flags))
+
+
+def batch(model, rows=((5, 4), (4, 4, 5), (5,))):
+    """A batch with right-padded targets of different lengths."""
+    dictionary = model.decoder.dictionary
+    target = torch.full((len(rows), max(map(len, rows)) + 1), dictionary.pad())
+    for i, row in enumerate(rows):
+        target[i, : len(row) + 1] = torch.tensor([*row, dictionary.eos()])
+    net_input = tiny_batch(model, lengths=(3, 2, 4))
+    first = torch.full((len(rows), 1), dictionary.eos())
+    previous = torch.cat([first, target[:, :-1].masked_fill(target[:, :-1] == dictionary.eos(), dictionary.pad())], 1)
+    net_input["prev_output_tokens"] = previous
+    return {"net_input": net_input, "target": target, "ntokens": int(target.ne(dictionary.pad()).sum()), "nsentences": len(rows)}
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.1}, {"ignore_prefix_size": 1, "report_accuracy": True}, {"sentence_avg": True}])
+@pytest.mark.parametrize("off", [{"earm_weight": 0.0}, {"earm_start_epoch": 2}, {"earm_start_update": 5}, "eval"])
+def test_where_earm_is_off_it_is_the_stock_criterion(off, extra):
+    model = tiny_model(dropout=0.2)
+    model.train(off != "eval")
+    criterion = build(model, **{**({} if off == "eval" else off), **extra})
+    criterion.sampler = None
+    stock_flags = {key: extra.get(key, default) for key, default in
+                   [("label_smoothing", 0.0), ("ignore_prefix_size", 0), ("report_accuracy", False)]}
+    stock = LabelSmoothedCrossEntropyCriterion(criterion.task, extra.get("sentence_avg", False), **stock_flags)
+    sample = batch(model)
+    torch.manual_seed(1)
+    loss, size, log = criterion(model, sample)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    expected_loss, expected_size, expected_log = stock(model, sample)
+    assert torch.equal(after, torch.get_rng_state())
+    assert loss.item() == expected_loss.item() and size == expected_size
+    assert {key: log[key] for key in expected_log} == expected_log
+    ours, theirs = gradients(model, loss), gradients(model, expected_loss)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+class FixedSampler:
+    """Negatives that are known in advance: (sequence, source row, truncated)."""
+
+    def __init__(self, model, rows):
+        self.pad, self.rows = model.decoder.dictionary.pad(), rows
+
+    def __call__(self, model, net_input, negatives, prefix_tokens=None):
+        assert model.training
+        width = max(len(sequence) for sequence, _, _ in self.rows)
+        tokens = torch.full((len(self.rows), width), self.pad)
+        for i, (sequence, _, _) in enumerate(self.rows):
+            tokens[i, : len(sequence)] = torch.tensor(sequence)
+        given = 0 if prefix_tokens is None else prefix_tokens.size(1)
+        mask = tokens.ne(self.pad)
+        mask[:, :given] = False
+        sources = torch.tensor([source for _, source, _ in self.rows])
+        truncated = torch.tensor([cut for _, _, cut in self.rows])
+        return Samples(tokens, mask, torch.zeros(tokens.shape), truncated, sources)
+
+
+NEGATIVES = [((4, 2), 0, False), ((5, 5, 4), 0, True), ((4, 5, 2), 1, False), ((5, 2), 1, False), ((5, 4, 5, 4), 2, True), ((5, 4, 2), 2, False)]
+
+
+def numbers(model, sample, source, sequence):
+    """[(lse, target logit, mean logit)] per step by one decoder pass per prefix, and the lse one step after the end."""
+    eos = model.decoder.dictionary.eos()
+    one = {k: v[source : source + 1] for k, v in sample["net_input"].items() if k != "prev_output_tokens"}
+    encoder_out = model.encoder(**one)
+    steps = []
+    for k in range(len(sequence) + 1):
+        logits = model.decoder(torch.tensor([[eos, *sequence[:k]]]), encoder_out=encoder_out)[0][0, -1]
+        target = logits[sequence[k]] if k < len(sequence) else None
+        steps.append((logits.logsumexp(0), target, logits.sum(), logits.numel()))
+    return steps
+
+
+def independent_loss(model, sample, *, m, steps, normalizer, epsilon, prefix, weight, smooth_history=False, rao_blackwell=False):
+    """Cross-entropy + λ E-ARM, written down from the paper step by step, no tensor of more than one row."""
+    pad = model.decoder.dictionary.pad()
+    data = [(i, [t for t in row if t != pad]) for i, row in enumerate(sample["target"].tolist())]
+    model_rows = [(source, list(sequence)) for sequence, source, _ in NEGATIVES]
+
+    def terms(source, sequence, smooth):
+        """[(history, φ, lse)] of the steps that carry energy, keyed by step."""
+        found = numbers(model, sample, source, sequence)
+        nll = [lse - target for lse, target, _, _ in found[:-1]]
+        each = epsilon / (found[0][3] - 1)
+        smoothed = [(1 - epsilon - each) * n + each * (v * lse - total) for n, (lse, _, total, v) in zip(nll, found)]
+        past = smoothed if smooth else nll
+        every = {}
+        for k in range(prefix, len(sequence) + (steps == "post")):
+            history = sum(past[max(prefix, 0 if m < 0 else k - m) : k], torch.zeros(()))
+            phi = -found[k][1] if k < len(sequence) else -found[k][0]
+            every[k] = (history, phi, found[k][0])
+        if steps != "all":
+            every = {0: every[max(every)]}
+        return every, nll[prefix:], smoothed[prefix:]
+
+    positives = [(i, *terms(i, sequence, smooth_history)) for i, sequence in data]
+    negatives = [(i, terms(i, sequence, False)[0]) for i, sequence in model_rows]
+    loss = sum(sum(smoothed) for _, _, _, smoothed in positives)
+    for i, every, _, _ in positives:
+        for k, (history, phi, _) in every.items():
+            peers = [n for j, n in negatives if k in n and (normalizer == "batch" or i == j)]
+            if not peers:
+                continue
+            mean = torch.stack([n[k][2] for n in peers]).exp().mean().detach()
+            phase = sum(
+                (n[k][2].exp() / mean).detach() * (n[k][0] + (-n[k][2] if rao_blackwell else n[k][1])) for n in peers
+            ) / len(peers)
+            loss = loss + weight * (history + phi - phase)
+    return loss
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"earm_recent_tokens": 0, "earm_weight": 0.3},
+        {"earm_recent_tokens": -1, "label_smoothing": 0.1},
+        {"label_smoothing": 0.1, "earm_smooth_history": True},
+        {"earm_energy_steps": "last", "earm_recent_tokens": 0},
+        {"earm_energy_steps": "last", "earm_recent_tokens": 2},
+        {"earm_energy_steps": "post", "earm_recent_tokens": 1, "label_smoothing": 0.1},
+        {"earm_normalizer": "source", "earm_negatives": 2},
+        {"earm_variance_reduction": "rao-blackwell"},
+        {"ignore_prefix_size": 1},
+    ],
+)
+def test_loss_and_gradient_are_the_papers(flags):
+    model = tiny_model().train()
+    criterion = build(model, **flags)
+    criterion.sampler = FixedSampler(model, NEGATIVES)
+    sample = batch(model)
+    loss, _, log = criterion(model, sample)
+    expected = independent_loss(
+        model, sample,
+        m=flags.get("earm_recent_tokens", 2), steps=flags.get("earm_energy_steps", "all"),
+        normalizer=flags.get("earm_normalizer", "batch"), epsilon=flags.get("label_smoothing", 0.0),
+        prefix=flags.get("ignore_prefix_size", 0), weight=flags.get("earm_weight", config().earm_weight),
+        smooth_history=flags.get("earm_smooth_history", False), rao_blackwell="earm_variance_reduction" in flags,
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    ours, theirs = gradients(model, loss), gradients(model, expected)
+    for name in theirs:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-7, atol=1e-10), name
+
+
+def test_control_is_cross_entropy_and_nll_terms_and_samples_nothing():
+    model = tiny_model().train()
+    criterion = build(model, earm_control=True, earm_weight=0.5, earm_recent_tokens=1)
+    criterion.sampler = None
+    sample = batch(model)
+    loss, _, log = criterion(model, sample)
+    expected = 0.0
+    for i, row in enumerate(sample["target"].tolist()):
+        sequence = [t for t in row if t != model.decoder.dictionary.pad()]
+        nll = [(lse - target).item() for lse, target, _, _ in numbers(model, sample, i, sequence)[:-1]]
+        expected += sum(nll) + 0.5 * (sum(nll) + sum(nll[:-1]))
+    assert loss.item() == pytest.approx(expected)
+    assert log["earm_negatives"] == 0 and log["earm_batches"] == 1
+
+
+def test_encoder_and_wrapper_run_once_and_both_decoder_passes_in_training_mode():
+    model = tiny_model(dropout=0.5).train()
+    criterion = build(model)
+    criterion.sampler = FixedSampler(model, NEGATIVES)
+    calls = []
+    for name, module in (("model", model), ("encoder", model.encoder), ("decoder", model.decoder)):
+        module.register_forward_hook(lambda module, *rest, name=name: calls.append((name, module.training)))
+    criterion(model, batch(model))
+    assert sorted(calls) == [("decoder", True), ("decoder", True), ("encoder", True), ("model", True)]
+    assert not model.encoder._forward_hooks or len(model.encoder._forward_hooks) == 1
+
+
+def test_hooks_are_gone_after_a_failure():
+    model = tiny_model().train()
+    criterion = build(model)
+    criterion.sampler = FixedSampler(model, [((4, 2), 99, False)])
+    with pytest.raises(IndexError):
+        criterion(model, batch(model))
+    assert not model.encoder._forward_hooks and not model.decoder._forward_hooks
+
+
+def test_log_has_the_same_keys_in_every_update_and_sums_over_workers():
+    model = tiny_model().train()
+    outputs = []
+    for flags in ({}, {"earm_weight": 0.0}, {"earm_control": True}):
+        criterion = build(model, **flags)
+        criterion.sampler = FixedSampler(model, NEGATIVES)
+        outputs.append(criterion(model, batch(model))[2])
+    assert outputs[0].keys() == outputs[1].keys() == outputs[2].keys()
+    assert all(torch.is_tensor(v) and v.dim() == 0 for log in outputs for k, v in log.items() if k.startswith("earm_"))
+    assert EarmCrossEntropyCriterion.logging_outputs_can_be_summed()
+    one = outputs[0]
+    summed = {key: value + value for key, value in one.items()}
+    with metrics.aggregate() as apart:
+        EarmCrossEntropyCriterion.reduce_metrics([one, one])
+    with metrics.aggregate() as together:
+        EarmCrossEntropyCriterion.reduce_metrics([summed])
+    assert apart.get_smoothed_values() == together.get_smoothed_values()
+
+
+def test_logged_figures_are_means_of_what_they_say():
+    model = tiny_model().train()
+    criterion = build(model, earm_energy_steps="last")
+    criterion.sampler = FixedSampler(model, NEGATIVES)
+    sample = batch(model)
+    with metrics.aggregate() as logged:
+        criterion.reduce_metrics([criterion(model, sample)[2]])
+    pad = model.decoder.dictionary.pad()
+    data = [numbers(model, sample, i, [t for t in row if t != pad])[-2][0].item() for i, row in enumerate(sample["target"].tolist())]
+    own = torch.tensor([numbers(model, sample, source, sequence)[-2][0].item() for sequence, source, _ in NEGATIVES])
+    values = logged.get_smoothed_values()
+    weights = own.softmax(0)
+    mean = sum(data) / len(data)
+    log_normalizer = own.logsumexp(0).item() - math.log(len(own))
+    assert values["earm_energy_data"] == pytest.approx(-mean, abs=2e-3)
+    assert values["earm_energy_negatives"] == pytest.approx(-own.mean().item(), abs=2e-3)
+    assert values["earm_energy_gap"] == pytest.approx(mean - own.mean().item(), abs=2e-3)
+    assert values["earm_log_normalizer"] == pytest.approx(log_normalizer, abs=2e-3)
+    assert values["earm_dv"] == pytest.approx(mean - log_normalizer, abs=2e-3)
+    assert values["earm_ess"] == pytest.approx(1 / (weights**2).sum().item() / len(own), abs=2e-3)
+    assert values["earm_max_weight"] == pytest.approx(weights.max().item() * len(own), abs=2e-2)
+    assert values["earm_negative_length"] == pytest.approx(sum(len(s) for s, _, _ in NEGATIVES) / 6, abs=1e-2)
+    assert values["earm_truncated"] == pytest.approx(2 / 6, abs=1e-3)
+
+
+@pytest.mark.parametrize("energy_steps", ["all", "last"])
+def test_moving_normaliser_averages_over_updates(energy_steps):
+    model = tiny_model().train()
+    criterion = build(model, earm_normalizer_ema=0.75, earm_energy_steps=energy_steps)
+    criterion.sampler = FixedSampler(model, NEGATIVES)
+    criterion(model, batch(model))
+    first = MeterState().get("log_normalizer")
+    assert first.numel() == (4 if energy_steps == "all" else 1)
+    with torch.no_grad():
+        model.decoder.output_projection.weight.mul_(1.5)
+    criterion(model, batch(model))
+    moved = MeterState().get("log_normalizer")
+    plain = build(model, earm_normalizer_ema=0.75, earm_energy_steps=energy_steps)
+    plain.sampler = criterion.sampler
+    metrics.reset()
+    plain(model, batch(model))
+    batch_only = MeterState().get("log_normalizer")
+    assert torch.allclose(moved.exp(), 0.75 * first.exp() + 0.25 * batch_only.exp())
+    assert not torch.allclose(moved, batch_only)
+
+
+def run_updates(criterion, model, updates, epoch=1):
+    """λ of each update, the way fairseq's trainer would drive the task."""
+    seen = []
+    criterion.task.begin_epoch(epoch, model)
+    optimizer = Namespace(scaler=object())
+    for update in updates:
+        criterion.task.train_step(batch(model), model, lambda *_: (torch.zeros((), requires_grad=True),), optimizer, update)
+        seen.append(criterion.schedule.current_weight())
+    return seen
+
+
+def test_weight_starts_and_warms_up():
+    model = tiny_model()
+    by_update = build(model, earm_weight=2.0, earm_start_update=3, earm_warmup_updates=4)
+    assert run_updates(by_update, model, range(8)) == [0, 0, 0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    by_epoch = build(model, earm_weight=2.0, earm_start_epoch=2, earm_warmup_updates=4)
+    assert run_updates(by_epoch, model, range(5)) == [0] * 5
+    assert run_updates(by_epoch, model, range(5, 10), epoch=2) == [0.5, 1.0, 1.5, 2.0, 2.0]
+    resumed = build(model, earm_weight=2.0, earm_start_epoch=2, earm_warmup_updates=4)
+    assert run_updates(resumed, model, range(7, 9), epoch=2) == [1.5, 2.0]
+
+
+class Optimizer:
+    """A fairseq optimizer in float32, as far as the guard sees it."""
+
+    scaler = None
+
+    def __init__(self, model):
+        self.parameters = list(model.parameters())
+
+    def zero_grad(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def clip_grad_norm(self, max_norm, aggregate_norm_fn=None):
+        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+
+def one_update(criterion, model, optimizer, update):
+    """Gradient norm of one update, and its log, in the order of fairseq's trainer."""
+    _, _, log = criterion.task.train_step(batch(model), model, criterion, optimizer, update_num=update)
+    norm = optimizer.clip_grad_norm(1.0)
+    criterion.task.optimizer_step(optimizer, model=model, update_num=update)
+    return norm, log
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_kept_out_of_the_log():
+    model = tiny_model().train()
+    criterion = build(model)
+    criterion.sampler = FixedSampler(model, NEGATIVES)
+    optimizer = Optimizer(model)
+    weight = model.decoder.output_projection.weight
+    norm, _ = one_update(criterion, model, optimizer, 0)
+    assert norm > 0 and criterion.task.stepped == 1
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(math.inf)
+    norm, log = one_update(criterion, model, optimizer, 1)
+    assert norm == 0 and criterion.task.stepped == 1 and all(p.grad is None for p in model.parameters())
+    assert log["loss"] == 0 and log["sample_size"] == 0
+    assert MeterState().get("skipped_updates") == 1
+    with torch.no_grad():
+        weight.copy_(kept)
+    norm, log = one_update(criterion, model, optimizer, 2)
+    assert norm > 0 and criterion.task.stepped == 2
+    with metrics.aggregate() as logged:
+        criterion.reduce_metrics([log])
+    assert logged.get_smoothed_values()["earm_skipped_updates"] == 1
+    with metrics.aggregate() as logged:
+        criterion.reduce_metrics([{**log, "sample_size": 0}])
+    assert math.isnan(logged["loss"].val) and logged["loss"].count == 0
+
+
+def test_training_stops_when_no_update_is_finite():
+    model = tiny_model().train()
+    criterion = build(model)
+    criterion.sampler = FixedSampler(model, NEGATIVES)
+    optimizer = Optimizer(model)
+    with torch.no_grad():
+        model.decoder.output_projection.weight.fill_(math.nan)
+    norms = [one_update(criterion, model, optimizer, update)[0] for update in range(MAX_SKIPPED_IN_A_ROW + 1)]
+    assert norms[-2] == 0 and not torch.isfinite(norms[-1])
+
+
+def test_a_non_finite_batch_does_not_spoil_the_moving_normaliser():
+    model = tiny_model().train()
+    criterion = build(model, earm_normalizer_ema=0.9)
+    criterion.sampler = FixedSampler(model, NEGATIVES)
+    criterion(model, batch(model))
+    before = MeterState().get("log_normalizer").clone()
+    with torch.no_grad():
+        model.decoder.output_projection.weight.fill_(math.nan)
+    criterion(model, batch(model))
+    assert torch.equal(MeterState().get("log_normalizer"), before)

@@ -1,0 +1,186 @@
+"""Both samplers against the enumerated distribution of a tiny model."""
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from fairseq_earm.sampling.ancestral import AncestralSampler, draw, max_lengths
+from fairseq_earm.sampling.search import GeneratorSampler, truncate_log_probs
+from tests.tiny_model import enumerate_targets, tiny_batch, tiny_model
+
+LENGTH = 3
+DRAWS = 4000
+
+
+def sequences(samples):
+    """Drawn token tuples, row by row."""
+    return [tuple(row[inside].tolist()) for row, inside in zip(samples.tokens, samples.mask)]
+
+
+def samplers(dictionary):
+    fixed = {"max_len_a": 0.0, "max_len_b": LENGTH}
+    return {
+        "ancestral": (AncestralSampler(dictionary, **fixed), None),
+        "generator": (GeneratorSampler(dictionary, **fixed), None),
+        "temperature": (
+            GeneratorSampler(dictionary, temperature=1.7, **fixed), lambda log_probs: (log_probs / 1.7).log_softmax(-1)
+        ),
+        "topk": (GeneratorSampler(dictionary, topk=3, **fixed), lambda log_probs: truncate_log_probs(log_probs, topk=3)),
+        "topp": (GeneratorSampler(dictionary, topp=0.995, **fixed), lambda log_probs: truncate_log_probs(log_probs, topp=0.995)),
+    }
+
+
+def chi_square(counts, probabilities, draws):
+    """Pearson's statistic and its degrees of freedom, with rare outcomes pooled."""
+    common = [x for x, p in probabilities.items() if p * draws >= 5]
+    rest = 1 - sum(probabilities[x] for x in common)
+    statistic = sum((counts[x] - draws * probabilities[x]) ** 2 / (draws * probabilities[x]) for x in common)
+    others = draws - sum(counts[x] for x in common)
+    statistic += (others - draws * rest) ** 2 / max(draws * rest, 1e-9) if rest * draws >= 5 else 0.0
+    return statistic, len(common) - 1 + (rest * draws >= 5)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "generator", "temperature", "topk", "topp"])
+def test_distribution_and_log_q_are_those_of_the_enumeration(name):
+    model = tiny_model()
+    net_input = tiny_batch(model)
+    sampler, transform = samplers(model.decoder.dictionary)[name]
+    torch.manual_seed(7)
+    samples = sampler(model, net_input, negatives=DRAWS)
+    drawn = sequences(samples)
+    for source in range(2):
+        exact = enumerate_targets(model, net_input, source, LENGTH, transform)
+        assert math.isclose(sum(map(math.exp, exact.values())), 1.0, abs_tol=1e-9)
+        rows = (samples.sources == source).nonzero().flatten().tolist()
+        for row in rows[:300]:
+            assert samples.log_q[row].sum().item() == pytest.approx(exact[drawn[row]], abs=1e-4)
+        counts = Counter(drawn[row] for row in rows)
+        statistic, freedom = chi_square(counts, {x: math.exp(p) for x, p in exact.items()}, len(rows))
+        # Five standard deviations of a chi-square distribution.
+        assert statistic < freedom + 5 * math.sqrt(2 * freedom), (statistic, freedom)
+
+
+def test_a_sampler_that_draws_too_few_of_one_token_would_be_noticed():
+    """The check above can fail: the same statistic rejects a distribution that is off by a temperature of 1.1."""
+    model = tiny_model()
+    net_input = tiny_batch(model)
+    sampler = GeneratorSampler(model.decoder.dictionary, max_len_a=0.0, max_len_b=LENGTH, temperature=1.1)
+    torch.manual_seed(7)
+    samples = sampler(model, net_input, negatives=DRAWS)
+    exact = {x: math.exp(p) for x, p in enumerate_targets(model, net_input, 0, LENGTH).items()}
+    statistic, freedom = chi_square(Counter(sequences(samples)[:DRAWS]), exact, DRAWS)
+    assert statistic > freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "generator"])
+def test_truncation_is_marked_and_no_end_is_forced(name):
+    model = tiny_model()
+    eos = model.decoder.dictionary.eos()
+    sampler, _ = samplers(model.decoder.dictionary)[name]
+    samples = sampler(model, tiny_batch(model), negatives=200)
+    ends = [sequence[-1] == eos for sequence in sequences(samples)]
+    assert samples.truncated.tolist() == [not end for end in ends]
+    assert 0 < sum(ends) < len(ends)
+    assert all(len(sequence) == LENGTH for sequence, end in zip(sequences(samples), ends) if not end)
+    assert samples.lengths.tolist() == [len(sequence) for sequence in sequences(samples)]
+    assert samples.tokens[~samples.mask].eq(model.decoder.dictionary.pad()).all()
+    assert samples.log_q[~samples.mask].eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["ancestral", "generator"])
+def test_limits_follow_each_source(name):
+    model = tiny_model()
+    kind = {"ancestral": AncestralSampler, "generator": GeneratorSampler}[name]
+    sampler = kind(model.decoder.dictionary, max_len_a=2.0, max_len_b=0)
+    samples = sampler(model, tiny_batch(model, lengths=(3, 1)), negatives=100)
+    longest = [samples.lengths[samples.sources == source].max().item() for source in (0, 1)]
+    assert longest == [6, 2]
+
+
+@pytest.mark.parametrize("name", ["ancestral", "generator"])
+def test_nothing_is_left_behind(name):
+    model = tiny_model(dropout=0.3).train()
+    model.encoder.layers[0].eval()
+    model.decoder.set_beam_size(5)
+    modes = [module.training for module in model.modules()]
+    sampler, _ = samplers(model.decoder.dictionary)[name]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = sampler(model, tiny_batch(model), negatives=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert model.decoder._beam_size == 5
+    assert not first.log_q.requires_grad
+    again = sampler(model, tiny_batch(model), negatives=3)
+    assert torch.equal(first.tokens, again.tokens) and torch.equal(first.log_q, again.log_q)
+    torch.manual_seed(4)
+    assert not torch.equal(first.tokens, sampler(model, tiny_batch(model), negatives=3).tokens)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "generator"])
+def test_prefix_tokens_are_kept_and_not_charged(name):
+    model = tiny_model()
+    word = model.decoder.dictionary.nspecial
+    prefix = torch.tensor([[word], [word + 1]])
+    sampler, _ = samplers(model.decoder.dictionary)[name]
+    samples = sampler(model, tiny_batch(model), negatives=50, prefix_tokens=prefix)
+    assert samples.tokens[:, 0].tolist() == prefix.flatten().repeat_interleave(50).tolist()
+    assert not samples.mask[:, 0].any() and samples.log_q[:, 0].eq(0).all()
+    exact = enumerate_targets(model, tiny_batch(model), 0, LENGTH)
+    total = sum(math.exp(p) for x, p in exact.items() if x[0] == word)
+    row = 0
+    full = tuple(samples.tokens[row][: samples.lengths[row] + 1].tolist())
+    assert samples.log_q[row].sum().item() == pytest.approx(exact[full] - math.log(total), abs=1e-4)
+
+
+def test_without_a_cache_the_same_is_drawn(monkeypatch, caplog):
+    model = tiny_model()
+    sampler, _ = samplers(model.decoder.dictionary)["ancestral"]
+    torch.manual_seed(5)
+    cached = sampler(model, tiny_batch(model), negatives=40)
+    monkeypatch.setattr("fairseq_earm.sampling.ancestral.FairseqIncrementalDecoder", torch.nn.Embedding)
+    uncached = sampler(model, tiny_batch(model), negatives=40)
+    assert torch.equal(cached.tokens, uncached.tokens)
+    assert torch.allclose(cached.log_q, uncached.log_q, atol=1e-6)
+    assert "no incremental decoding" in caplog.text
+
+
+def test_start_token_of_the_batch_is_used():
+    model = tiny_model()
+    net_input = tiny_batch(model)
+    word = model.decoder.dictionary.nspecial
+    started = {**net_input, "prev_output_tokens": torch.full((2, 2), word)}
+    for name in ("ancestral", "generator"):
+        sampler, _ = samplers(model.decoder.dictionary)[name]
+        torch.manual_seed(0)
+        assert not torch.equal(
+            sampler(model, net_input, negatives=500).log_q.sum(), sampler(model, started, negatives=500).log_q.sum()
+        )
+
+
+def test_draw_skips_impossible_tokens_and_survives_nan():
+    logits = torch.full((1000, 4), -math.inf)
+    logits[:, 1] = 0.0
+    logits[:, 2] = 0.0
+    tokens, log_probs = draw(logits)
+    assert set(tokens.tolist()) == {1, 2}
+    assert torch.allclose(log_probs, torch.full((1000,), math.log(0.5)))
+    tokens, log_probs = draw(torch.full((3, 4), math.nan))
+    assert tokens.ge(0).all() and tokens.lt(4).all() and log_probs.isnan().all()
+
+
+def test_lengths_stay_within_the_decoder():
+    model = tiny_model(max_target_positions=8)
+    limits = max_lengths(torch.tensor([1, 5, 100]), 1.5, 0, model.decoder)
+    assert limits.tolist() == [1, 7, 7]
+
+
+def test_truncation_keeps_the_smallest_set_that_reaches_p():
+    log_probs = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert truncate_log_probs(log_probs, topp=0.5).exp().tolist() == pytest.approx([1.0, 0, 0, 0])
+    assert truncate_log_probs(log_probs, topp=0.6).exp().tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    assert truncate_log_probs(log_probs, topk=3).exp().sum().item() == pytest.approx(1.0)
+    assert torch.equal(truncate_log_probs(log_probs), log_probs)
