@@ -11,7 +11,13 @@ from fairseq.logging import metrics
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config
 from fairseq_earm.criterions.earm_log import earm_values, log_entries, reduce_earm_metrics
 from fairseq_earm.criterions.joint_forward import extend_decoder_input, forward_with_negatives
-from fairseq_earm.criterions.training_clock import EarmSchedule, MeterState, NonfiniteGuard, TrainingClock
+from fairseq_earm.criterions.training_clock import (
+    EarmSchedule,
+    MeterState,
+    NonfiniteGuard,
+    TrainingClock,
+    restore_state_at_epoch_ends,
+)
 from fairseq_earm.ebm.earm import earm_loss, nll_terms
 from fairseq_earm.ebm.energy import last_step, smoothed_nll, token_energies, widen
 from fairseq_earm.ebm.weights import moving_log_normalizer, step_log_normalizer
@@ -34,6 +40,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         self.eos = _end_of_sentence(task.target_dictionary)
         self.post = cfg.earm_energy_steps == "post"
         self.state = MeterState()
+        restore_state_at_epoch_ends()
         self.guard = NonfiniteGuard(task, self.state)
         self.schedule = EarmSchedule(cfg, TrainingClock(task), self.state)
         self.sampler = getattr(task, "build_negative_sampler", build_sampler)(cfg, task.target_dictionary)
