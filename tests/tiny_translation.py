@@ -2,11 +2,16 @@
 import contextlib
 import importlib
 import io
+import json
+import logging
 import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
+
+import torch
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "fairseq_earm")
 WORDS = "a b c d e f g h".split()
@@ -31,6 +36,62 @@ def command(name, *arguments, stdin=""):
         with contextlib.redirect_stdout(printed):
             module.cli_main()
     return printed.getvalue()
+
+
+class Run(NamedTuple):
+    """What a training run left behind: its folder and its log."""
+
+    folder: Path
+    records: list
+
+    def log(self, tag="train_inner"):
+        """The JSON entries of one kind, numbers as numbers: `train_inner` has one for each update."""
+        lines = [r.getMessage() for r in self.records if r.name == tag and r.getMessage().startswith("{")]
+        return [{key: float(value) for key, value in json.loads(line).items()} for line in lines]
+
+    def warnings(self):
+        return [r.getMessage() for r in self.records if r.levelno == logging.WARNING]
+
+    def checkpoint(self, name="checkpoint_last.pt"):
+        return torch.load(self.folder / name, map_location="cpu", weights_only=False)
+
+
+@contextlib.contextmanager
+def recorded_log():
+    """The list of all records logged meanwhile."""
+    records, root = [], logging.getLogger()
+    handler, level = logging.Handler(), root.level
+    handler.emit = records.append
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield records
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+def train_arguments(tiny, folder, *arguments, arch=ARCH, validate=False):
+    """Arguments of `fairseq-train` for a short run that logs each update as JSON; later ones win over earlier ones."""
+    log = ["--log-format", "json", "--log-interval", 1, *([] if validate else ["--disable-validation"])]
+    return [tiny.data, "--save-dir", folder, *arch, *OPTIMISATION, *log, "--task", "translation", *arguments]
+
+
+def train(tiny, folder, *arguments, **options):
+    """Run `fairseq-train` here, see `train_arguments`."""
+    with recorded_log() as records:
+        command("train", *train_arguments(tiny, folder, *arguments, **options))
+    return Run(folder, records)
+
+
+def same_state(one, other):
+    """Whether two checkpoints hold the same weights and the same optimizer state, bit for bit."""
+    moments = [run["last_optimizer_state"]["state"] for run in (one, other)]
+    if one["model"].keys() != other["model"].keys() or moments[0].keys() != moments[1].keys():
+        return False
+    pairs = [(one["model"][key], other["model"][key]) for key in one["model"]]
+    pairs += [(moments[0][key][name], moments[1][key][name]) for key in moments[0] for name in ("exp_avg", "exp_avg_sq")]
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def generate(tiny, *arguments, models="a", subset="test", task="earm_translation"):
