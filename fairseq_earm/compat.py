@@ -128,11 +128,13 @@ def restore_numpy_names() -> None:
 
 
 def read_numpy_2_arrays() -> None:
-    """numpy < 1.26 does not know the names under which numpy ≥ 2 pickles arrays, so the other row's checkpoints."""
+    """numpy < 1.26 does not know the module in which numpy ≥ 2 pickles arrays, as checkpoints of the fork do.
+
+    Only that module: extensions built for both look for the whole numpy._core, and must go on finding none.
+    """
     import numpy as np
 
     if parse(np.__version__) < (1, 26):
-        sys.modules.setdefault("numpy._core", np.core)
         sys.modules.setdefault("numpy._core.multiarray", np.core.multiarray)
 
 

@@ -1,6 +1,7 @@
 """Each accommodation does what it is for, on whichever row of the support matrix is installed."""
 import argparse
 import copy
+import importlib
 import io
 import multiprocessing
 import pickle
@@ -156,6 +157,12 @@ def test_arrays_written_by_either_numpy_load(module):
     renamed = file.getvalue().replace(b"c" + own + b"\n", b"c" + module + b"\n")
     assert b"c" + module + b"\n_reconstruct" in renamed
     assert torch.load(io.BytesIO(renamed))["counts"].tolist() == [3, 2]
+
+
+@pytest.mark.skipif(compat.parse(np.__version__) >= (1, 26), reason="this numpy has numpy._core")
+def test_extensions_still_find_that_an_old_numpy_is_old():
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("numpy._core._multiarray_umath")
 
 
 @pytest.mark.skipif(not CHECKS_WHAT_IT_LOADS, reason="torch before 2.6 loads everything")
