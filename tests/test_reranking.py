@@ -10,7 +10,6 @@ from fairseq.data import data_utils
 from fairseq.models.bart import BARTModel, bart_base_architecture
 from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
-from scipy.stats import chisquare
 
 from fairseq_earm import reranking
 from fairseq_earm.reranking import EnergyReranker, candidate_log_mu
@@ -117,6 +116,10 @@ def test_candidates_without_finite_energy_come_last_and_are_counted(models, dict
         assert [r.message for r in caplog.records] == ["log mu of 2 of 4 candidates is not finite (4 so far): they are put last"]
 
 
+def chi_square(counts, expected):
+    return sum((count - mean) ** 2 / mean for count, mean in zip(counts, expected))
+
+
 def test_resampled_first_candidates_have_the_exact_frequencies(models, dictionary):
     models, draws = models[:1], 3000
     sample = batch(dictionary, ["a b c"] * draws)
@@ -128,8 +131,9 @@ def test_resampled_first_candidates_have_the_exact_frequencies(models, dictionar
     first = [tuple(candidates[0]["tokens"].tolist()) for candidates in hypotheses]
     counts = [first.count(tokens) for tokens in weights]
     expected = [draws * weight / sum(weights.values()) for weight in weights.values()]
-    assert chisquare(counts, expected).pvalue > 1e-3
-    assert chisquare(counts).pvalue < 1e-6  # the weights matter
+    assert len(counts) == 4
+    assert chi_square(counts, expected) < 16.3  # 3 degrees of freedom: exceeded once in 1,000
+    assert chi_square(counts, [draws / 4] * 4) > 31  # once in a million: the weights matter
 
 
 def test_resampling_follows_the_seed_and_leaves_the_global_stream_alone(models, dictionary):
@@ -189,10 +193,10 @@ def test_half_precision_models_have_float32_energies(models, dictionary):
     sample = batch(dictionary, SENTENCES)
     hypotheses = generator(models, dictionary).generate(models, sample)
     expected = candidate_log_mu(models, sample["net_input"], hypotheses)
-    halves = [copy.deepcopy(model).half() for model in models]
+    halves = [copy.deepcopy(model).bfloat16() for model in models]  # float16 needs a GPU in older torch
     log_mu = candidate_log_mu(halves, sample["net_input"], hypotheses)
     assert log_mu.dtype == torch.float32
-    torch.testing.assert_close(log_mu, expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(log_mu, expected, atol=0.1, rtol=0.1)
 
 
 def test_models_whose_attention_was_told_of_beams(dictionary):

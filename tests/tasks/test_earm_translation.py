@@ -4,10 +4,10 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
+import torch
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
-from fairseq.data import data_utils
+from fairseq.tasks.translation import TranslationTask
 
 from fairseq_earm.cli.nbest import read_nbest
 from tests.tiny_translation import ARCH, OPTIMISATION, PLUGIN, command, generate, tagged
@@ -130,29 +130,29 @@ def test_fairseq_validate_loses_no_sentence(tiny, caplog):
     assert any(r.name == "test" and "bsz 7" in r.message for r in caplog.records), caplog.text
 
 
-def batches(task, split, multiple, **kwargs):
-    task.load_dataset(split)
-    iterator = task.get_batch_iterator(
-        task.dataset(split), max_sentences=16, required_batch_size_multiple=multiple, seed=1, **kwargs
-    )
-    return [np.asarray(batch).tolist() for batch in iterator.frozen_batches]
-
-
 def test_training_batches_are_those_of_the_installed_fairseq(tiny):
     task = load_model_ensemble_and_task([str(tiny.a)])[2]
-    dataset = task.load_dataset("train") or task.dataset("train")
-    with data_utils.numpy_seed(2):
-        order = dataset.ordered_indices()
-    expected = dataset.batch_by_size(order, max_sentences=16, required_batch_size_multiple=8)
-    assert batches(task, "train", 8, epoch=1) == [np.asarray(batch).tolist() for batch in expected]
+    task.load_dataset("train")
+    flags = {"max_sentences": 16, "required_batch_size_multiple": 8, "seed": 1, "epoch": 1, "disable_iterator_cache": True}
+    ours = task.get_batch_iterator(task.dataset("train"), **flags)
+    stock = TranslationTask.get_batch_iterator(task, task.dataset("train"), **flags)
+    ours, stock = ([list(batch) for batch in iterator.frozen_batches] for iterator in (ours, stock))
+    assert ours == stock and len(stock) in (25, 26)  # of 403 sentences, the fork leaves out 3
+
+
+OPEN = """
+import argparse, sys, torch
+getattr(torch.serialization, "add_safe_globals", list)([argparse.Namespace])
+from fairseq import checkpoint_utils, options, tasks
+task = tasks.setup_task(options.parse_args_and_arch(options.get_generation_parser(), sys.argv[1:]))
+checkpoint_utils.load_model_ensemble([sys.argv[3]], task=task)
+assert "fairseq_earm" not in sys.modules
+"""
 
 
 def test_checkpoints_open_under_the_stock_task_without_the_plugin(tiny):
-    arguments = [tiny.data, "--path", tiny.a, "--task", "translation", "--gen-subset", "valid", "--cpu", "--beam", "1"]
-    bare = "import argparse, torch; getattr(torch.serialization, 'add_safe_globals', list)([argparse.Namespace]); "
-    run = bare + "from fairseq_cli.generate import cli_main; cli_main()"
-    done = subprocess.run([sys.executable, "-c", run, *map(str, arguments)], capture_output=True, text=True)
-    assert "Generate valid with beam=1" in done.stdout, done.stderr
+    arguments = [tiny.data, "--path", tiny.a, "--task", "translation"]
+    subprocess.run([sys.executable, "-c", OPEN, *map(str, arguments)], check=True)
 
 
 def test_bleu_during_training_is_of_the_reranked_translations(tiny, tmp_path, caplog):
@@ -220,6 +220,9 @@ def test_energy_flags_without_reranking_are_reported(tiny, caplog):
 
 
 def test_half_precision_generates(tiny):
-    """As on a GPU: the flag halves the model, the energies stay float32."""
+    try:
+        torch.nn.LayerNorm(2).half()(torch.zeros(1, 2).half())
+    except RuntimeError:
+        pytest.skip("this torch has no half precision on CPU")
     half = generate(tiny, *BEAM, *RERANK, "--fp16")
     assert all(math.isfinite(float(line.split("\t")[0])) for lines in tagged(half, "H").values() for line in lines)
