@@ -127,7 +127,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             normalizer=str(self.cfg.earm_normalizer),
             sources=samples.sources,
             log_normalizer=self._moving_normalizer(negative.logsumexp, negative_alive),
-            rao_blackwell=self.cfg.earm_variance_reduction == "rao-blackwell",
+            rao_blackwell=self.cfg.earm_variance_reduction == "rao-blackwell" and self.cfg.earm_energy_steps == "all",
             positive_history=history,
             **self._steps(),
         )

@@ -1,0 +1,93 @@
+"""Settings that cannot work are refused in one line that names flag, value and remedy, before any training."""
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from fairseq_earm.criterions.earm_config import check_config
+from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
+from fairseq_earm.errors import UsageError
+from tests.criterions.test_earm_cross_entropy import Task, batch, build, config
+from tests.tiny_model import tiny_model
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"earm_weight": -0.5}, "--earm-weight -0.5: give"),
+        ({"earm_weight": math.nan}, "--earm-weight nan: give"),
+        ({"earm_weight": math.inf}, "--earm-weight inf: give"),
+        ({"earm_start_epoch": 15, "max_epoch": 10}, "--earm-start-epoch 15: training ends with --max-epoch 10"),
+        ({"earm_start_epoch": 0}, "--earm-start-epoch 0"),
+        ({"earm_start_update": 100, "max_update": 100}, "--earm-start-update 100: training ends with --max-update 100"),
+        ({"earm_start_update": -2}, "--earm-start-update -2"),
+        ({"earm_warmup_updates": -1}, "--earm-warmup-updates -1"),
+        ({"earm_recent_tokens": -2}, "--earm-recent-tokens -2"),
+        ({"earm_negatives": 0}, "--earm-negatives 0"),
+        ({"earm_normalizer": "source"}, "--earm-negatives 1: one negative per source"),
+        ({"earm_normalizer_ema": 1.0}, "--earm-normalizer-ema 1.0"),
+        ({"earm_normalizer_ema": math.nan}, "--earm-normalizer-ema nan"),
+        ({"earm_normalizer_ema": 0.9, "earm_normalizer": "source", "earm_negatives": 2}, "--earm-normalizer-ema 0.9"),
+        ({"earm_max_len_a": -1.0}, "--earm-max-len-a -1.0"),
+        ({"earm_max_len_b": -1}, "--earm-max-len-b -1"),
+        ({"earm_max_len_a": 0.0, "earm_max_len_b": 0}, "--earm-max-len-b 0"),
+        ({"earm_max_len_b": 64}, "--earm-max-len-b 64: negatives would exceed the model's 64 target positions"),
+        ({"earm_sampling_topk": 5}, "--earm-sampler ancestral"),
+        ({"earm_sampling_topk": 0, "earm_sampler": "generator"}, "--earm-sampling-topk 0"),
+        ({"earm_sampling_topp": 1.5, "earm_sampler": "generator"}, "--earm-sampling-topp 1.5"),
+        ({"earm_sampling_temperature": 0.0, "earm_sampler": "generator"}, "--earm-sampling-temperature 0.0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(flags, says):
+    with pytest.raises(UsageError) as refused:
+        build(tiny_model(), **flags)
+    message = str(refused.value)
+    assert message.startswith(f"fairseq-earm: error: {says}") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"earm_weight": 0.0, "earm_start_epoch": 15, "max_epoch": 10},
+        {"earm_start_epoch": 15, "max_epoch": 15},
+        {"earm_start_epoch": 15, "max_epoch": 10, "earm_start_update": 3, "max_update": 4},
+        {"earm_normalizer": "source", "earm_negatives": 2},
+        {"earm_normalizer": "source", "earm_control": True},
+        {"earm_sampler": "generator", "earm_sampling_topk": 5, "earm_sampling_topp": 0.9, "earm_sampling_temperature": 0.7},
+        {"earm_max_len_b": 63},
+    ],
+)
+def test_settings_that_work_are_taken(flags):
+    check_config(config(**flags), max_target_positions=64)
+
+
+@pytest.mark.parametrize("eos_index", [None, 99, 1])
+def test_a_dictionary_without_end_of_sentence_is_refused(eos_index):
+    dictionary = Dictionary()
+    dictionary.eos_index = eos_index
+    with pytest.raises(UsageError, match="no end-of-sentence"):
+        EarmCrossEntropyCriterion(Task(dictionary), config())
+
+
+def test_models_and_batches_without_energies_are_refused():
+    model = tiny_model().train()
+    for broken, says in [
+        (lambda model: Namespace(decoder=model.decoder, training=True), "needs an encoder-decoder model"),
+        (lambda model: adaptive(model), "--adaptive-softmax-cutoff"),
+    ]:
+        with pytest.raises(UsageError, match=says):
+            build(model)(broken(model), batch(model))
+    left_padded = batch(tiny_model())
+    left_padded["target"] = left_padded["target"].flip(1)
+    with pytest.raises(UsageError, match="--left-pad-target"):
+        build(tiny_model())(tiny_model().train(), left_padded)
+
+
+def adaptive(model):
+    model.decoder.adaptive_softmax = torch.nn.Identity()
+    return model
