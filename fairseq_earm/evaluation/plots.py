@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 from typing import Dict, List, Mapping, Sequence, Tuple, Union
 
-import matplotlib
+# Importing fairseq may leave the root logger at DEBUG, and matplotlib then reports every font it looks at.
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 
@@ -16,8 +19,6 @@ from matplotlib import pyplot as plt  # noqa: E402
 PathLike = Union[str, Path]
 # One record of a log: what kind ("train_inner", "train", "valid"), then a JSON object.
 RECORD = re.compile(r"(?<![\w.])(train_inner|train|valid\w*|test)[ |:]+(\{\".*\})\s*$")
-# Importing fairseq may leave the root logger at DEBUG, and matplotlib then reports every font it looks at.
-logging.getLogger("matplotlib").setLevel(logging.WARNING)
 COLOURS = plt.get_cmap("tab10").colors
 
 
@@ -104,14 +105,17 @@ def energy_histograms(
 ) -> None:
     """One panel per model: how the energies −log μ of data and of the model's own samples are spread.
 
+    The axis leaves out half a per cent at either end, so that a few outliers do not squeeze the rest; the means count all.
+
     Args:
         energies: label → (energies of data, energies of samples), in nats.
         path: PNG to write.
     """
     figure, axes = plt.subplots(1, len(energies), figsize=(4.2 * len(energies), 3.6), squeeze=False, layout="constrained")
     for axis, (label, (data, samples)) in zip(axes[0], energies.items()):
-        both = [*data, *samples]
-        limits = (min(both), max(both))
+        both = sorted([*data, *samples])
+        outside = len(both) // 200
+        limits = (both[outside], both[-1 - outside])
         for values, name, colour in ((data, "data", COLOURS[0]), (samples, "model's samples", COLOURS[1])):
             axis.hist(values, bins=bins, range=limits, density=True, alpha=0.5, color=colour, label=name)
             axis.axvline(sum(values) / len(values), color=colour, linewidth=1.5, linestyle="--")

@@ -92,7 +92,8 @@ def fake_results(earm, control, dv=0.1):
     keys = {metric.key for metric in report.METRICS} | {"joint_gain"}
     values = {"base": [5.0] * 3, "ce": [4.0, 4.1, 4.2], "ce-time": control, "control": control, "earm": earm}
     results = {name: {key: list(v) for key in keys} for name, v in values.items()}
-    results["earm"]["dv"] = [dv, dv + 0.01, dv + 0.02]
+    for key in ("dv", "dv_per_source"):
+        results["earm"][key] = [dv, dv + 0.01, dv + 0.02]
     return results
 
 
