@@ -75,8 +75,7 @@ def test_missing_candidates_and_impossible_ones_are_never_chosen(tmp_path):
     assert select(read_nbest([write(tmp_path, LOG + impossible)]), 1.0, 1.0).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("lenpen", [0.4, 1.0, 1.6])
-@pytest.mark.parametrize("weight", [0.0, 0.5, 20.0])
+@pytest.mark.parametrize("weight, lenpen", [(0.0, 1.0), (0.5, 0.4), (20.0, 1.6)])
 def test_selection_is_what_generation_chooses(tiny, nbest, weight, lenpen):
     flags = ["--energy-weight", weight, "--lenpen", lenpen, "--beam", 5, "--energy-rerank"]
     generated = tagged(generate(tiny, *flags, subset="valid"), "D")
