@@ -67,7 +67,7 @@ class Branch(NamedTuple):
 
 EARM = ["--criterion", "earm_cross_entropy", "--earm-start-epoch", "1", "--earm-weight", "1"]
 LAST = [*EARM, "--earm-energy-steps", "last", "--earm-recent-tokens", "0"]
-PAPER = [*EARM, "--earm-energy-steps", "all", "--earm-recent-tokens", "2"]
+PAPER = [*EARM, "--earm-energy-steps", "all", "--earm-recent-tokens", "2", "--earm-variance-reduction", "none"]
 
 BRANCHES: Dict[str, Branch] = {
     "ce": Branch("cross-entropy", 1e-3, CROSS_ENTROPY),
