@@ -47,7 +47,7 @@ class Run(NamedTuple):
     def log(self, tag="train_inner"):
         """The JSON entries of one kind, numbers as numbers: `train_inner` has one for each update."""
         lines = [r.getMessage() for r in self.records if r.name == tag and r.getMessage().startswith("{")]
-        return [{key: float(value) for key, value in json.loads(line).items()} for line in lines]
+        return [{key: float(value) for key, value in json.loads(line).items() if value is not None} for line in lines]
 
     def warnings(self):
         return [r.getMessage() for r in self.records if r.levelno == logging.WARNING]
