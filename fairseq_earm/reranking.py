@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import contextmanager
 from typing import Dict, List, Sequence
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fairseq_earm.ebm.weights import resample
 from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.isolation import on_its_own
 from fairseq_earm.sampling.scoring import score_sequences
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def candidate_log_mu(
     rows = max(1, max_logits // ((tokens.size(1) + 1) * len(models[0].decoder.dictionary)))
     scored = []
     for model in models:
-        with _teacher_forcing(model):
+        with on_its_own(model):
             parts = [
                 _score_part(model, net_input, tokens[at : at + rows], mask[at : at + rows], sources[at : at + rows], energy_step)
                 for at in range(0, len(flat), rows)
@@ -144,30 +144,6 @@ def _score_part(model, net_input: dict, tokens: Tensor, mask: Tensor, sources: T
     return score_sequences(
         model, inputs, tokens[:, :steps], mask[:, :steps], sources=local, energy_step=energy_step
     ).log_mu
-
-
-@contextmanager
-def _teacher_forcing(model):
-    """Eval mode, restored afterwards, with every row of a batch attending to its own source.
-
-    fairseq's generator tells the attention of some models (BART) that each `beam_size` rows share one source, and puts a
-    function that does nothing over the encoder's `reorder_encoder_out`; neither fits a teacher-forced batch.
-    """
-    training = {module: module.training for module in model.modules()}
-    beams = {module: module.beam_size for module in model.modules() if hasattr(module, "beam_size")}
-    reorder = vars(model.encoder).pop("reorder_encoder_out", None)
-    model.eval()
-    for module in beams:
-        module.beam_size = 1
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for module, beam_size in beams.items():
-            module.beam_size = beam_size
-        if reorder is not None:
-            model.encoder.reorder_encoder_out = reorder
 
 
 def _check_models(models: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""Sampling inside a training step must leave no trace in it."""
+"""Using a model in the middle of something else, without leaving a trace in it."""
 from __future__ import annotations
 
 from contextlib import contextmanager
@@ -9,36 +9,46 @@ from torch import nn
 
 
 @contextmanager
-def isolated(model: nn.Module, device: torch.device):
-    """Run sampling code without gradients, in eval mode, on random numbers of its own.
+def on_its_own(model: nn.Module):
+    """Eval mode, every row of a batch attending to its own source; all restored afterwards.
 
-    Restored afterwards, exactly: every submodule's train/eval mode (fairseq's `SequenceGenerator` calls `model.eval()`),
-    the decoder's beam size (an earlier generator may have left one that changes how caches are reordered) and the
-    global random state. The stream is seeded from that state, so a resumed run draws what the killed one would have
-    drawn, and from the worker's rank, because fairseq seeds all workers alike.
+    fairseq's `SequenceGenerator` calls `model.eval()`, tells the attention that each `beam_size` rows share one source
+    (which also changes how caches are reordered), and for BART puts a function that does nothing over the encoder's
+    `reorder_encoder_out`. None of it fits a batch of ours, and nothing of ours may stay behind.
     """
     modes = [(module, module.training) for module in model.modules()]
-    beam_size = getattr(model.decoder, "_beam_size", 1)
+    names = ("beam_size", "_beam_size")  # of an attention, of a decoder
+    beams = [(module, name, vars(module)[name]) for module in model.modules() for name in names if name in vars(module)]
+    reorder = vars(model.encoder).pop("reorder_encoder_out", None)
+    model.eval()
+    for module, name, _ in beams:
+        setattr(module, name, 1)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, name, beam_size in beams:
+            setattr(module, name, beam_size)
+        if reorder is not None:
+            model.encoder.reorder_encoder_out = reorder
+
+
+@contextmanager
+def isolated(model: nn.Module, device: torch.device):
+    """Run sampling code in a training step: `on_its_own`, without gradients, on random numbers of its own.
+
+    The global random state is as before afterwards. The stream is seeded from that state, so a resumed run draws what
+    the killed one would have drawn, and from the worker's rank, because fairseq seeds all workers alike.
+    """
     on_gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=on_gpu), torch.no_grad():
+    with torch.random.fork_rng(devices=on_gpu), torch.no_grad(), on_its_own(model):
         seed = int(torch.randint(2**62, (1,), device=device)) + _rank()
         torch.default_generator.manual_seed(seed)
         if on_gpu:
             torch.cuda.manual_seed(seed)
-        model.eval()
-        _set_beam_size(model.decoder, 1)
-        try:
-            yield
-        finally:
-            _set_beam_size(model.decoder, beam_size)
-            for module, mode in modes:
-                module.training = mode
+        yield
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _set_beam_size(decoder: nn.Module, beam_size: int) -> None:
-    if hasattr(decoder, "set_beam_size"):
-        decoder.set_beam_size(beam_size)
