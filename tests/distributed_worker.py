@@ -1,0 +1,50 @@
+"""`fairseq-train` as one of several workers that leaves behind what it drew and its weights; see `test_distributed`.
+
+    torchrun ... distributed_worker.py FOLDER PLUGIN [arguments of fairseq-train]
+
+On the second worker the loss of update 3 is NaN.
+"""
+import math
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from fairseq import utils
+from fairseq.trainer import Trainer
+from fairseq_cli.train import cli_main
+
+
+def main(folder, plugin):
+    torch.set_num_threads(1)
+    utils.import_user_module(Namespace(user_dir=plugin))
+    from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
+    from fairseq_earm.sampling.ancestral import AncestralSampler
+
+    rank, drawn, trainers = int(os.environ["RANK"]), [], set()
+    sample, forward, train_step = AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step
+
+    def recording(sampler, *args, **kwargs):
+        drawn.append(sample(sampler, *args, **kwargs))
+        return drawn[-1]
+
+    def spoilt(criterion, *args, **kwargs):
+        loss, *rest = forward(criterion, *args, **kwargs)
+        bad = rank == 1 and criterion.schedule.clock.num_updates == 3
+        return (loss * math.nan if bad else loss, *rest)
+
+    def remembered(trainer, *args, **kwargs):
+        trainers.add(trainer)
+        return train_step(trainer, *args, **kwargs)
+
+    AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step = recording, spoilt, remembered
+    cli_main()
+    [trainer] = trainers
+    tokens = [samples.tokens for samples in drawn]
+    torch.save({"weights": trainer.get_model().state_dict(), "negatives": tokens}, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    own, sys.argv[1:] = sys.argv[1:3], sys.argv[3:]
+    main(Path(own[0]), own[1])

@@ -1,0 +1,119 @@
+"""Several workers: they draw their own negatives, skip together, wait for none, and end with the same weights."""
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq.checkpoint_utils import load_model_ensemble_and_task
+from fairseq.distributed import ModuleProxyWrapper
+from omegaconf import OmegaConf
+
+from fairseq_earm.sampling import isolation
+from tests.tiny_translation import PLUGIN, train_arguments
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKERS = ["--distributed-world-size", 2, "--distributed-backend", "gloo", "--distributed-init-method", "env://"]
+WORKERS += ["--distributed-rank", -1, "--distributed-no-spawn"]
+# 13 batches of 32 sentences for two workers: the last update has nothing for the second.
+EPOCH = ["--required-batch-size-multiple", 1, "--max-epoch", 1]
+
+
+def run_workers(folder, arguments):
+    """Two workers of `distributed_worker.py`; none outlives the deadline."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, WORKER, folder, PLUGIN, *arguments, "--user-dir", PLUGIN]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(list(map(str, command)), cwd=folder, start_new_session=True, **pipes) as process:
+        try:
+            printed = process.communicate(timeout=240)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"the workers hang: {process.communicate()[0][-3000:]}")
+    assert process.returncode == 0, printed[-3000:]
+    return printed
+
+
+@pytest.fixture(scope="module")
+def workers(tiny, tmp_path_factory):
+    """What two workers printed and left behind after an epoch that uses E-ARM from its second update on."""
+    folder = tmp_path_factory.mktemp("workers")
+    earm = ["--criterion", "earm_cross_entropy", "--earm-start-update", 1, "--ddp-backend", "legacy_ddp"]
+    printed = run_workers(folder, train_arguments(tiny, folder / "out", *earm, *EPOCH, *WORKERS))
+    return printed, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def test_workers_end_with_equal_finite_weights(workers):
+    first, second = (left["weights"] for left in workers[1])
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(bool(torch.isfinite(weight).all()) for weight in first.values())
+
+
+def test_an_epoch_that_does_not_come_out_even_is_finished(workers):
+    printed, left = workers
+    entries = [json.loads(line[line.index("{"):]) for line in printed.splitlines() if "train_inner" in line and "{" in line]
+    assert [entry["num_updates"] for entry in entries] == [str(update) for update in range(1, 8)]
+    assert ["earm_dv" in entry for entry in entries] == [False] + [True] * 6
+    sentences = [int(entry["bsz"]) for entry in entries]
+    # What the second worker did for want of a last batch does not count.
+    assert sum(sentences) == 403 and sentences[-1] == 32
+    assert [len(worker["negatives"]) for worker in left] == [6, 6]
+
+
+def test_workers_draw_different_negatives(workers):
+    first, second = (left["negatives"] for left in workers[1])
+    # The last batch of the second worker is the first one of its epoch over again; the others are its own.
+    assert not any(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_one_workers_bad_loss_makes_all_skip(workers):
+    assert workers[0].count("update skipped (1 skipped so far)") == 2
+
+
+def gradients(model, wrapped, rank, path):
+    """The mean loss's gradient on one worker's share of the test sentences, at the same seed on all."""
+    task = load_model_ensemble_and_task([str(path)])[2]
+    task.load_dataset("test")
+    batch = task.dataset("test").collater([task.dataset("test")[i] for i in range(3 * rank, 3 * rank + 3)])
+    flags = {"earm_start_update": 0, "earm_energy_steps": "post", "sentence_avg": False, "max_epoch": 0, "max_update": 0}
+    criterion = task.build_criterion(OmegaConf.create({"_name": "earm_cross_entropy", **flags}))
+    torch.manual_seed(1)
+    criterion(wrapped.train(), batch)[0].backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def load_double(path):
+    return load_model_ensemble_and_task([str(path)])[0][0].double()
+
+
+def wrapped_worker(rank, folder, path):
+    """One worker of torch's DistributedDataParallel as fairseq wraps it (its own wrapper asks for a GPU)."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_size=2, rank=rank)
+    model = load_double(path)
+    wrapped = ModuleProxyWrapper(torch.nn.parallel.DistributedDataParallel(model))
+    torch.save(gradients(model, wrapped, rank, path), folder / f"gradients{rank}.pt")
+    torch.distributed.barrier()
+
+
+def test_torchs_wrapper_averages_both_phases(tiny, tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=wrapped_worker, args=(rank, tmp_path, tiny.a), daemon=True) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    alone = []
+    for rank in (0, 1):
+        monkeypatch.setattr(isolation, "_rank", lambda rank=rank: rank)
+        model = load_double(tiny.a)
+        alone.append(gradients(model, model, rank, tiny.a))
+    for rank in (0, 1):
+        together = torch.load(tmp_path / f"gradients{rank}.pt")
+        for name, gradient in together.items():
+            assert torch.allclose(gradient, (alone[0][name] + alone[1][name]) / 2, rtol=1e-9, atol=1e-12), name
