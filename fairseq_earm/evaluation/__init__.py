@@ -1,0 +1,1 @@
+"""What a trained model is worth: likelihoods under q and the joint model, and figures of training logs."""
