@@ -1,4 +1,4 @@
-"""`fairseq-train` as one of several workers that leaves behind what it drew and its weights; see `test_distributed`.
+"""`fairseq-train` as one of several workers that leaves behind its weights and how often it drew negatives; see `test_distributed`.
 
     torchrun ... distributed_worker.py FOLDER PLUGIN [arguments of fairseq-train]
 
@@ -22,12 +22,13 @@ def main(folder, plugin):
     from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
     from fairseq_earm.sampling.ancestral import AncestralSampler
 
-    rank, drawn, trainers = int(os.environ["RANK"]), [], set()
+    rank, drawn, trainers = int(os.environ["RANK"]), 0, set()
     sample, forward, train_step = AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step
 
-    def recording(sampler, *args, **kwargs):
-        drawn.append(sample(sampler, *args, **kwargs))
-        return drawn[-1]
+    def counted(sampler, *args, **kwargs):
+        nonlocal drawn
+        drawn += 1
+        return sample(sampler, *args, **kwargs)
 
     def spoilt(criterion, *args, **kwargs):
         loss, *rest = forward(criterion, *args, **kwargs)
@@ -38,11 +39,10 @@ def main(folder, plugin):
         trainers.add(trainer)
         return train_step(trainer, *args, **kwargs)
 
-    AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step = recording, spoilt, remembered
+    AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step = counted, spoilt, remembered
     cli_main()
     [trainer] = trainers
-    tokens = [samples.tokens for samples in drawn]
-    torch.save({"weights": trainer.get_model().state_dict(), "negatives": tokens}, folder / f"{rank}.pt")
+    torch.save({"weights": trainer.get_model().state_dict(), "drawn": drawn}, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

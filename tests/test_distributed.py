@@ -14,6 +14,7 @@ from fairseq.distributed import ModuleProxyWrapper
 from omegaconf import OmegaConf
 
 from fairseq_earm.sampling import isolation
+from fairseq_earm.sampling.ancestral import AncestralSampler
 from tests.tiny_translation import PLUGIN, train_arguments
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -62,13 +63,7 @@ def test_an_epoch_that_does_not_come_out_even_is_finished(workers):
     sentences = [int(entry["bsz"]) for entry in entries]
     # What the second worker did for want of a last batch does not count.
     assert sum(sentences) == 403 and sentences[-1] == 32
-    assert [len(worker["negatives"]) for worker in left] == [6, 6]
-
-
-def test_workers_draw_different_negatives(workers):
-    first, second = (left["negatives"] for left in workers[1])
-    # The last batch of the second worker is the first one of its epoch over again; the others are its own.
-    assert not any(torch.equal(a, b) for a, b in zip(first, second))
+    assert [worker["drawn"] for worker in left] == [6, 6]
 
 
 def test_one_workers_bad_loss_makes_all_skip(workers):
@@ -87,6 +82,15 @@ def gradients(model, wrapped, rank, path):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def negatives(model, path):
+    """What a worker draws for the same sentences at the same seed as the others."""
+    task = load_model_ensemble_and_task([str(path)])[2]
+    task.load_dataset("test")
+    batch = task.dataset("test").collater([task.dataset("test")[i] for i in range(7)])
+    torch.manual_seed(1)
+    return AncestralSampler(task.target_dictionary)(model, batch["net_input"]).tokens
+
+
 def load_double(path):
     return load_model_ensemble_and_task([str(path)])[0][0].double()
 
@@ -96,24 +100,36 @@ def wrapped_worker(rank, folder, path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_size=2, rank=rank)
     model = load_double(path)
     wrapped = ModuleProxyWrapper(torch.nn.parallel.DistributedDataParallel(model))
-    torch.save(gradients(model, wrapped, rank, path), folder / f"gradients{rank}.pt")
+    found = {"gradients": gradients(model, wrapped, rank, path), "negatives": negatives(wrapped, path)}
+    torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
 
 
-def test_torchs_wrapper_averages_both_phases(tiny, tmp_path, monkeypatch):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=wrapped_worker, args=(rank, tmp_path, tiny.a), daemon=True) for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def wrapped(tiny, tmp_path_factory):
+    """What each of two wrapped workers found."""
+    folder, context = tmp_path_factory.mktemp("wrapped"), multiprocessing.get_context("fork")
+    processes = [context.Process(target=wrapped_worker, args=(rank, folder, tiny.a), daemon=True) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_torchs_wrapper_averages_both_phases(tiny, wrapped, monkeypatch):
     alone = []
     for rank in (0, 1):
         monkeypatch.setattr(isolation, "_rank", lambda rank=rank: rank)
         model = load_double(tiny.a)
         alone.append(gradients(model, model, rank, tiny.a))
-    for rank in (0, 1):
-        together = torch.load(tmp_path / f"gradients{rank}.pt")
-        for name, gradient in together.items():
+    for together in wrapped:
+        for name, gradient in together["gradients"].items():
             assert torch.allclose(gradient, (alone[0][name] + alone[1][name]) / 2, rtol=1e-9, atol=1e-12), name
+
+
+def test_workers_draw_different_negatives(tiny, wrapped):
+    first, second = (found["negatives"] for found in wrapped)
+    assert torch.equal(first, negatives(load_double(tiny.a), tiny.a))
+    assert not torch.equal(first, second)
