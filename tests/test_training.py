@@ -134,7 +134,7 @@ def test_an_update_may_be_made_of_several_batches(tiny, tmp_path, plain):
 
 
 def test_translating_during_training_leaves_no_trace(tiny, tmp_path):
-    """`--eval-bleu` builds a generator on the model in training, and its beam size stays behind in the decoder."""
+    """`--eval-bleu` builds a generator, with its beams and in eval mode, on the model that is being trained."""
     flags = [*FROM_THE_FIRST, "--task", "earm_translation"]
     bleu = ["--eval-bleu", "--eval-bleu-args", '{"beam": 5, "max_len_b": 5}', "--energy-rerank"]
     often = ["--valid-subset", "test", "--validate-interval-updates", 1]
