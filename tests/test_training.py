@@ -87,10 +87,10 @@ VARIANTS = [
     ["--earm-energy-steps", "post"],
     ["--earm-normalizer", "source", "--earm-negatives", 2],
     ["--earm-normalizer-ema", 0.9],
-    ["--earm-variance-reduction", "rao-blackwell"],
+    ["--earm-variance-reduction", "none"],
     ["--earm-recent-tokens", 0],
     ["--earm-smooth-history"],
-    ["--earm-weight", 0.5],
+    ["--earm-weight", 0.25],
     ["--ignore-prefix-size", 1],
 ]
 
