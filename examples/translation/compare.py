@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,7 @@ def done(log: Path) -> bool:
 
 def command(words: list, log: Path) -> None:
     """Run a stock command on one thread; its log ends with "finished" only if it succeeded."""
-    print("$ " + " ".join(words), flush=True)
+    print("$ " + shlex.join(words), flush=True)
     with log.open("w") as file:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}

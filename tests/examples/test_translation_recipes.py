@@ -227,7 +227,7 @@ def test_help_shows_the_usage(tmp_path, recipe):
 def readme_commands(recipe, tmp_path):
     """The training and generation commands of a recipe's README as argument lists, as bash expands them."""
     blocks = re.findall(r"```bash\n(.*?)```", (RECIPES / recipe / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    script = "\n".join(block for block in blocks if "prepare.sh" not in block)
+    script = "\n".join(block for block in blocks if "prepare.sh" not in block and "compare.py" not in block)
     for written in re.findall(r"> (\S+)", script):
         (tmp_path / written).parent.mkdir(parents=True, exist_ok=True)
     stub(tmp_path / "stubs", "fairseq-earm-tune", "")
