@@ -49,10 +49,11 @@ def tiny_batch(model, lengths=(3, 2), seed: int = 1) -> dict:
 def enumerate_targets(model, net_input: dict, source: int, length: int, transform=None) -> dict:
     """Every sequence that ends by end-of-sentence or is cut at `length` tokens → its exact log-probability.
 
-    Padding is left out of the softmax. One full decoder pass per prefix: no cache, no batch.
+    Padding is never said, and the rest renormalised. One full decoder pass per prefix: no cache, no batch.
 
     Args:
-        transform: what is done to a step's (V,) log-probabilities, such as top-k.
+        transform: from a step's (V,) log-probabilities, −∞ for padding and not renormalised yet, to those after top-k
+            or the like.
     """
     dictionary = model.decoder.dictionary
     eos, pad = dictionary.eos(), dictionary.pad()
@@ -65,9 +66,9 @@ def enumerate_targets(model, net_input: dict, source: int, length: int, transfor
             for prefix, log_prob in open_prefixes.items():
                 tokens = torch.tensor([[*prefix, pad]])
                 logits = model.decoder(decoder_input(tokens, eos), encoder_out=encoder_out)[0][0, -1]
-                logits[pad] = -float("inf")
                 log_probs = logits.log_softmax(-1)
-                log_probs = log_probs if transform is None else transform(log_probs)
+                log_probs[pad] = -float("inf")
+                log_probs = log_probs.log_softmax(-1) if transform is None else transform(log_probs)
                 for token in itertools.chain(range(pad), range(pad + 1, len(dictionary))):
                     (complete if token == eos else extended)[prefix + (token,)] = log_prob + log_probs[token].item()
             open_prefixes = extended

@@ -82,15 +82,18 @@ class GeneratorSampler:
         """(R, T) log-probability of each token under the truncated, renormalised softmax."""
         encoder_out = model.encoder(**net_input)
         logits = model.decoder(decoder_input(tokens, starts), encoder_out=encoder_out)[0]
-        logits = logits.float().index_fill(-1, torch.tensor(self.dictionary.pad(), device=logits.device), -math.inf)
-        log_probs = truncate_log_probs((logits / self.temperature).log_softmax(-1), self.topk, self.topp)
+        log_probs = (logits.float() / self.temperature).log_softmax(-1)
+        # As the generator does: padding leaves the distribution after the softmax, so the rest sums to less than one.
+        log_probs[..., self.dictionary.pad()] = -math.inf
+        log_probs = truncate_log_probs(log_probs, self.topk, self.topp)
         return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def truncate_log_probs(log_probs: Tensor, topk: int = -1, topp: float = -1.0) -> Tensor:
-    """Renormalise (..., V) log-probabilities on the k likeliest tokens, or on the smallest set that reaches p.
+    """Renormalise (..., V) log-probabilities on all tokens, on the k likeliest, or on the smallest set that reaches p.
 
-    As in fairseq's `Sampling`, top-p goes before top-k, and the token that carries the sum over p belongs to the set.
+    As in fairseq's `Sampling`, top-p goes before top-k, the token that carries the sum over p belongs to the set, and p
+    is a share of one even where the probabilities sum to less.
     """
     if topp > 0:
         ordered, index = log_probs.sort(-1, descending=True)
@@ -100,5 +103,5 @@ def truncate_log_probs(log_probs: Tensor, topk: int = -1, topp: float = -1.0) ->
         kept = log_probs.topk(topk, -1).indices
         outside = torch.ones_like(log_probs, dtype=torch.bool).scatter(-1, kept, False)
     else:
-        return log_probs
+        return log_probs.log_softmax(-1)
     return log_probs.masked_fill(outside, -math.inf).log_softmax(-1)
