@@ -8,9 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from fairseq.dataclass.utils import merge_with_parent
 from omegaconf import DictConfig
 
+from fairseq_earm import compat
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig
 from tests.tiny_translation import generate, tagged, train, train_arguments
 
@@ -62,6 +64,10 @@ def test_the_checkpoint_is_made_of_what_stock_ones_are_made_of(tiny, tmp_path, t
     assert "argparse.Namespace" in theirs
 
 
+@pytest.mark.skipif(
+    compat._encoder_layer()[1] and compat.parse(torch.__version__) >= (1, 13),
+    reason="stock fairseq's own fast path fails on torch from 1.13 on; only the plugin avoids it",
+)
 def test_fairseq_generates_without_the_plugin(tiny, tmp_path, trained):
     path = trained.folder / "checkpoint_last.pt"
     search = ["--beam", 4, "--nbest", 4, "--gen-subset", "test", "--max-len-b", 12, "--required-batch-size-multiple", 1]

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from fairseq_earm.sampling import isolation
 from fairseq_earm.sampling.ancestral import AncestralSampler
-from tests.tiny_translation import PLUGIN, train_arguments
+from tests.tiny_translation import PLUGIN, train_arguments, used_weights
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 WORKERS = ["--distributed-world-size", 2, "--distributed-backend", "gloo", "--distributed-init-method", "env://"]
@@ -49,7 +49,7 @@ def workers(tiny, tmp_path_factory):
 
 
 def test_workers_end_with_equal_finite_weights(workers):
-    first, second = (left["weights"] for left in workers[1])
+    first, second = (used_weights(left["weights"]) for left in workers[1])
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(bool(torch.isfinite(weight).all()) for weight in first.values())
@@ -79,7 +79,8 @@ def gradients(model, wrapped, rank, path):
     criterion = task.build_criterion(OmegaConf.create({"_name": "earm_cross_entropy", **flags}))
     torch.manual_seed(1)
     criterion(wrapped.train(), batch)[0].backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    used = used_weights(dict(model.named_parameters()))
+    return {name: parameter.grad.clone() for name, parameter in used.items()}
 
 
 def negatives(model, path):
@@ -99,7 +100,9 @@ def wrapped_worker(rank, folder, path):
     """One worker of torch's DistributedDataParallel as fairseq wraps it (its own wrapper asks for a GPU)."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_size=2, rank=rank)
     model = load_double(path)
-    wrapped = ModuleProxyWrapper(torch.nn.parallel.DistributedDataParallel(model))
+    # Stock fairseq has weights that are never trained; there torch.distributed needs fairseq's --find-unused-parameters.
+    unused = len(used_weights(dict(model.named_parameters()))) < len(list(model.parameters()))
+    wrapped = ModuleProxyWrapper(torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused))
     found = {"gradients": gradients(model, wrapped, rank, path), "negatives": negatives(wrapped, path)}
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
