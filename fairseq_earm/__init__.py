@@ -1,4 +1,4 @@
-"""E-ARM and residual energy-based models for fairseq. Importing this package, as --user-dir does, registers them."""
+"""E-ARM for fairseq: autoregressive models trained as their own energy-based models. Importing this package, as --user-dir does, registers them."""
 if __name__ != "fairseq_earm":
     raise ImportError(f"--user-dir must end in a folder called fairseq_earm, not {__name__}: its modules import each other by it.")
 

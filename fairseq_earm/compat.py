@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import re
 import sys
 from typing import Callable, Dict, NamedTuple, Optional, Tuple
@@ -47,6 +48,7 @@ def apply() -> None:
     drop_fast_path_weights()
     report_left_out_sentences()
     refuse_to_spawn_nothing()
+    copy_checkpoints_whole()
 
 
 def check_versions() -> None:
@@ -277,6 +279,23 @@ def refuse_to_spawn_nothing() -> None:
         return call_main
 
     _wrap(utils, "call_main", replace)
+
+
+def copy_checkpoints_whole() -> None:
+    """fairseq writes checkpoint_last.pt by copying into it: a run killed meanwhile could not be resumed from it."""
+    from fairseq.file_io import PathManager
+
+    def replace(original):
+        def copy(src_path, dst_path, overwrite=False):
+            if not PathManager.supports_rename(dst_path):
+                return original(src_path, dst_path, overwrite)
+            copied = original(src_path, f"{dst_path}.copying", True)
+            os.replace(f"{dst_path}.copying", dst_path)
+            return copied
+
+        return copy
+
+    _wrap(PathManager, "copy", replace)
 
 
 def _wrap(owner, name: str, replace: Callable) -> None:

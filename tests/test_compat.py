@@ -5,6 +5,7 @@ import importlib
 import io
 import multiprocessing
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from fairseq.data import Dictionary, ListDataset, TokenBlockDataset, data_utils
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
 from fairseq.models.transformer import TransformerModel, base_architecture
 from fairseq.modules import DynamicCRF
 from omegaconf import OmegaConf
@@ -282,3 +284,25 @@ def test_a_single_worker_starts_as_ever():
     seen = []
     distributed_utils.call_main(config, lambda cfg, note: seen.append(note), note="started")
     assert seen == ["started"]
+
+
+def test_a_checkpoint_copy_that_is_cut_off_leaves_the_former_one(tmp_path, monkeypatch):
+    new, last = tmp_path / "new.pt", tmp_path / "checkpoint_last.pt"
+    new.write_text("new and longer")
+    last.write_text("former")
+    whole = shutil.copyfileobj
+
+    def cut_off(source, target, *args, **kwargs):
+        target.write(source.read(3))
+        target.flush()
+        raise KeyboardInterrupt
+
+    for name in ("copyfileobj", "_fastcopy_sendfile"):
+        monkeypatch.setattr(shutil, name, cut_off, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        PathManager.copy(str(new), str(last), overwrite=True)
+    assert last.read_text() == "former"
+    for name in ("copyfileobj", "_fastcopy_sendfile"):
+        monkeypatch.setattr(shutil, name, lambda source, target, *rest: whole(source, target), raising=False)
+    assert PathManager.copy(str(new), str(last), overwrite=True)
+    assert last.read_text() == "new and longer" and not list(tmp_path.glob("*.copying"))

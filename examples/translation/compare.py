@@ -1,7 +1,7 @@
 """Compare ways to go on from one checkpoint: train, measure and translate, then print a table.
 
     compare.py run SPEC.json DATA CHECKPOINT OUTPUT [--branches A B] [--seeds 1 2 3] [--jobs 2]
-    compare.py table SPEC.json OUTPUT [--against NAME]
+    compare.py table SPEC.json OUTPUT --against BRANCH
 
 The spec holds the flags that all branches share, and each branch's own (multi30k/branches.json). What is finished is
 not done again, so a run that was stopped goes on where it was. `measure` is what `run` calls for every model.
@@ -40,6 +40,8 @@ def run_one(spec: dict, args, seed: int, name: str) -> None:
     updates = str(branch.get("updates", spec["updates"]))
     checkpoint = folder / "checkpoint_last.pt"
     if not done(folder / "train.log"):
+        for left_over in folder.glob("checkpoint*.pt"):
+            left_over.unlink()  # fairseq would go on from it without the optimizer's state, for all the updates once more
         command(
             ["fairseq-train", str(args.data), f"--user-dir={PLUGIN}", f"--finetune-from-model={args.checkpoint}",
              f"--save-dir={folder}", "--no-epoch-checkpoints", "--no-save-optimizer-state", "--seed", str(seed),
@@ -129,7 +131,7 @@ def main() -> None:
     one = commands.add_parser("table")
     one.add_argument("spec", type=Path)
     one.add_argument("output", type=Path)
-    one.add_argument("--against", default="control", help="branch that differences are taken to")
+    one.add_argument("--against", required=True, help="branch that BLEU differences are taken to")
     one.set_defaults(function=table)
     args = parser.parse_args()
     args.function(args)

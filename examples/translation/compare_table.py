@@ -26,7 +26,9 @@ def print_table(spec: dict, output: Path, against: str) -> None:
         against: branch that BLEU differences are taken to, seed by seed.
     """
     reference = bleu_statistics(output / against)
-    print("| branch | seeds | valid NLL | test NLL | DV | β | joint NLL | sample length | BLEU | against control | s/update |")
+    if not reference:
+        raise SystemExit(f"--against {against}: no such branch with results in {output}; name one that has run")
+    print(f"| branch | seeds | valid NLL | test NLL | DV | β | joint NLL | sample length | BLEU | against {against} | s/update |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in spec["branches"]:
         seeds = bleu_statistics(output / name)

@@ -92,6 +92,11 @@ def _problems(cfg, max_target_positions):
         (not 0 <= cfg.earm_weight < math.inf, "--earm-weight", "give a finite weight of at least 0"),
         *_schedule_problems(cfg),
         (cfg.earm_recent_tokens < -1, "--earm-recent-tokens", "give a number of tokens, 0 for none or -1 for all"),
+        (
+            cfg.earm_smooth_history and cfg.earm_recent_tokens == 0,
+            "--earm-smooth-history",
+            "there is no history to smooth with --earm-recent-tokens 0; leave one of the two out",
+        ),
         (cfg.earm_negatives < 1, "--earm-negatives", "give at least 1"),
         (
             cfg.earm_negatives == 1 and cfg.earm_normalizer == "source" and not cfg.earm_control,

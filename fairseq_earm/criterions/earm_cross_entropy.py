@@ -37,6 +37,8 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy)
         check_config(cfg, _max_target_positions(task))
         self.cfg = cfg
+        if getattr(getattr(task, "cfg", None), "left_pad_target", False):
+            raise UsageError("--left-pad-target True: E-ARM counts steps from the left; leave the flag out")
         self.eos = _end_of_sentence(task.target_dictionary)
         self.post = cfg.earm_energy_steps == "post"
         self.state = MeterState()
@@ -49,7 +51,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     def forward(self, model, sample, reduce=True):
         """Loss, sample size and logging output of one batch, as in the stock criterion."""
         if not self.checked and self.cfg.earm_weight > 0:
-            _check_batch(model, sample, self.padding_idx)
+            _check_model(model)
             self.checked = True
         weight = self.schedule.current_weight() if model.training else 0.0
         if weight == 0:
@@ -76,7 +78,8 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         history = smoothed if self.cfg.earm_smooth_history else None
         if self.cfg.earm_control:
             terms = nll_terms(energies, alive, positive_history=history, **self._steps())
-            values = {"earm_batches": 1, "earm_loss": terms.detach(), "earm_steps": mask.sum()}
+            steps = alive if self.cfg.earm_energy_steps == "all" else alive.any(1)
+            values = {"earm_batches": 1, "earm_loss": terms.detach(), "earm_steps": steps.sum()}
         else:
             earm = self._earm(energies, alive, history, negative_output, samples)
             terms, values = earm.loss, earm_values(earm, samples, seconds)
@@ -181,11 +184,12 @@ def _end_of_sentence(dictionary) -> int:
 
 def _max_target_positions(task):
     positions = task.max_positions()
-    return positions[1] if isinstance(positions, (tuple, list)) else positions
+    positions = positions[1] if isinstance(positions, (tuple, list)) else positions
+    return positions if isinstance(positions, (int, float)) else None  # some tasks have one per language pair
 
 
-def _check_batch(model, sample, pad) -> None:
-    """Refuse models and batches that E-ARM cannot be computed for.
+def _check_model(model) -> None:
+    """Refuse models that E-ARM cannot be computed for.
 
     Raises:
         UsageError: one line that names the cause and the remedy.
@@ -195,5 +199,7 @@ def _check_batch(model, sample, pad) -> None:
         raise UsageError(f"{flag}: needs an encoder-decoder model, and {type(model).__name__} is none")
     if getattr(model.decoder, "adaptive_softmax", None) is not None:
         raise UsageError(f"{flag}: an adaptive softmax has no logits to read energies from; train without --adaptive-softmax-cutoff")
-    if bool(sample["target"][:, 0].eq(pad).any()):
-        raise UsageError(f"{flag}: steps are counted from the left; train without --left-pad-target")
+    if hasattr(model, "summon_full_params"):
+        raise UsageError(
+            "--ddp-backend fully_sharded: sampling needs parameters that sharding has freed; use c10d, no_c10d or legacy_ddp"
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
-from fairseq import utils
 from fairseq.logging import metrics
 from torch import Tensor
 
@@ -20,7 +19,6 @@ KEYS = (
     "earm_dv",
     "earm_energy_data",
     "earm_energy_negatives",
-    "earm_negative_steps",
     "earm_ess",
     "earm_max_weight",
     "earm_negatives",
@@ -40,7 +38,6 @@ def log_entries(like: Tensor, values: Optional[dict] = None) -> dict:
 
 def earm_values(earm: EarmLoss, samples: Samples, seconds: float) -> dict:
     """Sums over one batch; those of weights are in units of their step's mean weight."""
-    alive = earm.log_weights.isfinite()
     return {
         "earm_batches": 1,
         "earm_loss": earm.loss.detach(),
@@ -48,9 +45,8 @@ def earm_values(earm: EarmLoss, samples: Samples, seconds: float) -> dict:
         "earm_dv": earm.dv,
         "earm_energy_data": earm.energy_data,
         "earm_energy_negatives": earm.energy_negatives,
-        "earm_negative_steps": earm.negative_steps,
         "earm_ess": earm.relative_ess,
-        "earm_max_weight": earm.log_weights.amax().exp() if alive.any() else 0.0,
+        "earm_max_weight": earm.log_weights.amax().exp(),
         "earm_negatives": samples.mask.size(0),
         "earm_negative_tokens": samples.mask.sum(),
         "earm_truncated": samples.truncated.sum(),
@@ -60,7 +56,8 @@ def earm_values(earm: EarmLoss, samples: Samples, seconds: float) -> dict:
 
 def reduce_earm_metrics(logging_outputs: list) -> None:
     """Log E-ARM's figures of an update in which it was active: means in nats per step, shares from 0 to 1."""
-    total = {key: sum(utils.item(log.get(key, 0)) for log in logging_outputs) for key in KEYS}
+    sums = [sum(torch.as_tensor(log.get(key, 0.0)).double() for log in logging_outputs) for key in KEYS]
+    total = dict(zip(KEYS, torch.stack(sums).tolist()))  # one transfer from the device
     batches, steps, negatives = total["earm_batches"], total["earm_steps"], total["earm_negatives"]
     if batches == 0:
         return
@@ -78,11 +75,11 @@ def reduce_earm_metrics(logging_outputs: list) -> None:
 
 
 def _log_energies(total: dict) -> None:
-    steps, negative_steps = max(total["earm_steps"], 1), max(total["earm_negative_steps"], 1)
-    data, negatives = total["earm_energy_data"] / steps, total["earm_energy_negatives"] / negative_steps
+    steps = max(total["earm_steps"], 1)
+    data, negatives = total["earm_energy_data"] / steps, total["earm_energy_negatives"] / steps
     dv = total["earm_dv"] / steps
     metrics.log_scalar("earm_energy_data", data, steps, round=3)
-    metrics.log_scalar("earm_energy_negatives", negatives, negative_steps, round=3)
+    metrics.log_scalar("earm_energy_negatives", negatives, steps, round=3)
     metrics.log_scalar("earm_energy_gap", negatives - data, steps, round=4)
     metrics.log_scalar("earm_dv", dv, steps, round=4)
     metrics.log_scalar("earm_log_normalizer", -data - dv, steps, round=3)

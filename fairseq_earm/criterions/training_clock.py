@@ -102,6 +102,9 @@ class EarmSchedule:
         self.warmup = cfg.earm_warmup_updates
         self.clock = clock
         self.state = state
+        start = f"update {self.start_update}" if self.start_update >= 0 else f"epoch {self.start_epoch}"
+        if self.weight > 0:
+            logger.info(f"E-ARM starts at {start}, if training gets there; cross-entropy alone until then")
 
     def current_weight(self) -> float:
         """λ for the update under way."""

@@ -35,9 +35,9 @@ class EarmLoss(NamedTuple):
         log_weights: (R, S) log importance weights of the negatives, −inf where a row is not alive; detached.
         log_normalizer: (G, S) log normalisers that the weights were divided by; detached.
         dv: Σ over data steps of lse − log normaliser: the Donsker-Varadhan bound on what q misses; detached.
-        energy_data, energy_negatives: Σ of −lse over data steps, and over negatives' steps; detached.
+        energy_data, energy_negatives: Σ of −lse over data steps, and over negatives with the same counts; detached.
         relative_ess: Σ over data steps of the effective sample size of their weights, as a share of the negatives alive.
-        data_steps, negative_steps: number of steps in those sums.
+        data_steps: number of data steps in these sums.
     """
 
     loss: Tensor
@@ -50,7 +50,6 @@ class EarmLoss(NamedTuple):
     energy_negatives: Tensor
     relative_ess: Tensor
     data_steps: Tensor
-    negative_steps: Tensor
 
 
 class _Steps(NamedTuple):
@@ -154,10 +153,9 @@ def earm_loss(
         log_normalizer,
         dv=_masked_sum(data.logsumexp.detach() - log_normalizer[data_group], data_mask),
         energy_data=-_masked_sum(data.logsumexp.detach(), data_mask),
-        energy_negatives=-_masked_sum(model.logsumexp.detach(), model.mask),
+        energy_negatives=-_masked_sum(model.logsumexp.detach() * share[model_group], model.mask),
         relative_ess=_relative_ess(log_weights, model.mask, model_group, data_count),
         data_steps=data_mask.sum(),
-        negative_steps=model.mask.sum(),
     )
 
 

@@ -168,7 +168,7 @@ def score_corpus(
     for number, batch in enumerate(batches):
         if not batch:
             continue
-        ids.append(batch["id"])
+        ids.append(batch["id"].cpu())
         # Samplers draw from a stream seeded by the global state and restore that: unchanged, all batches would draw alike.
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + number)

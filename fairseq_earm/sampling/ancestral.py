@@ -8,6 +8,7 @@ import torch
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
+from fairseq_earm.ebm.energy import widen
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scoring import start_tokens
@@ -51,7 +52,7 @@ class AncestralSampler:
         limits = max_lengths(source_lengths, self.max_len_a, self.max_len_b, model.decoder)[sources]
         starts = start_tokens(net_input, self.eos)[sources]
         forced = None if prefix_tokens is None else prefix_tokens[sources]
-        with isolated(model, source_lengths.device):
+        with isolated(model, inputs["src_tokens"]):
             encoder_out = model.encoder.reorder_encoder_out(model.encoder(**inputs), sources)
             return self._draw_all(model, encoder_out, sources, starts, limits, forced)
 
@@ -68,7 +69,10 @@ class AncestralSampler:
         decoding = _Decoding(model, encoder_out)
 
         for step in range(longest):
-            tokens, log_probs = draw(self._without_padding(decoding.next_logits(prefixes[rows, : step + 1])))
+            # A finished row that is still in the batch reads end-of-sentence: anything but padding will do.
+            read = prefixes[rows, : step + 1]
+            logits = decoding.next_logits(read.masked_fill(read.eq(self.pad), self.eos))
+            tokens, log_probs = draw(self._without_padding(logits))
             if step < given:
                 tokens, log_probs = forced[rows, step], torch.zeros_like(log_probs)
             open_rows = rows[live]
@@ -85,14 +89,11 @@ class AncestralSampler:
             if remaining <= (1 - COMPACT_SHARE) * rows.numel():
                 decoding.keep(live.nonzero().squeeze(1))
                 rows, live = rows[live], live[live]
-            # A finished row that is still in the batch reads end-of-sentence: anything but padding will do.
-            prefixes[rows[~live], step + 1] = self.eos
 
         return self._pack(prefixes[:, 1:], log_q, lengths, given, truncated, sources)
 
     def _without_padding(self, logits: Tensor) -> Tensor:
-        logits[:, self.pad] = -float("inf")
-        return logits
+        return logits.index_fill(1, torch.tensor([self.pad], device=logits.device), -float("inf"))
 
     def _pack(self, tokens, log_q, lengths, given, truncated, sources) -> Samples:
         steps = torch.arange(int(lengths.max()), device=lengths.device)
@@ -140,8 +141,7 @@ class _Decoding:
     def next_logits(self, prefixes: Tensor) -> Tensor:
         """(R, V) logits of the token after `prefixes` (R, t), at least float32."""
         extra = {} if self.cache is None else {"incremental_state": self.cache}
-        logits = self.decoder(prefixes, encoder_out=self.encoder_out, **extra)[0][:, -1]
-        return logits.float() if logits.dtype != torch.float64 else logits.clone()
+        return widen(self.decoder(prefixes, encoder_out=self.encoder_out, **extra)[0][:, -1])
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows of the batch but `rows`."""

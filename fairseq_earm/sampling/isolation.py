@@ -35,15 +35,18 @@ def on_its_own(model: nn.Module):
 
 
 @contextmanager
-def isolated(model: nn.Module, device: torch.device):
+def isolated(model: nn.Module, src_tokens: torch.Tensor):
     """Run sampling code in a training step: `on_its_own`, without gradients, on random numbers of its own.
 
     The global random state is as before afterwards. The stream is seeded from that state, so a resumed run draws what
-    the killed one would have drawn, and from the worker's rank, because fairseq seeds all workers alike.
+    the killed one would have drawn; from the worker's rank, because fairseq seeds all workers alike; and from the
+    source tokens, because nothing else tells the batches of one update apart where there is no dropout.
     """
+    device = src_tokens.device
     on_gpu = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=on_gpu), torch.no_grad(), on_its_own(model):
-        seed = int(torch.randint(2**62, (1,), device=device)) + _rank()
+        places = torch.arange(1, src_tokens.numel() + 1, device=device)
+        seed = int(torch.randint(2**61, (1,), device=device) + (places * src_tokens.flatten()).sum()) + _rank()
         torch.default_generator.manual_seed(seed)
         if on_gpu:
             torch.cuda.manual_seed(seed)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fairseq_earm.ebm.energy import TokenEnergies, log_mu, token_energies
+from fairseq_earm.ebm.energy import TokenEnergies, last_step, log_mu, token_energies
 
 
 class SequenceScores(NamedTuple):
@@ -56,7 +56,8 @@ def energies_with_post_step(logits: Tensor, tokens: Tensor, mask: Tensor) -> tup
     energies = token_energies(logits, padded)
     is_target = torch.cat([mask, mask.new_zeros(mask.size(0), 1)], 1)
     target_logit = torch.where(is_target, energies.target_logit, energies.logsumexp)
-    alive = torch.cat([mask.new_ones(mask.size(0), 1), mask], 1)
+    after = (last_step(mask) + 1).unsqueeze(1)
+    alive = is_target.scatter(1, after, True)
     return TokenEnergies(energies.logsumexp, target_logit), alive
 
 

@@ -42,11 +42,13 @@ class GeneratorSampler:
         """Draw `negatives` sequences for each source sentence; arguments as for `AncestralSampler`."""
         device = net_input["src_lengths"].device
         sources = torch.arange(net_input["src_lengths"].numel(), device=device).repeat_interleave(negatives)
-        repeated = {k: v[sources] for k, v in net_input.items() if k != "prev_output_tokens"}
+        repeated = {
+            k: v[sources] if torch.is_tensor(v) else v for k, v in net_input.items() if k != "prev_output_tokens"
+        }
         limits = max_lengths(repeated["src_lengths"], self.max_len_a, self.max_len_b, model.decoder)
         starts = start_tokens(net_input, self.dictionary.eos())[sources]
         forced = None if prefix_tokens is None else prefix_tokens[sources]
-        with isolated(model, device):
+        with isolated(model, net_input["src_tokens"]):
             hypotheses = self._generate(model, repeated, int(limits.max()), int(starts[0]), forced)
             tokens, inside, truncated = self._pack(hypotheses, limits)
             mask = inside.clone()

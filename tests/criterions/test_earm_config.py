@@ -27,6 +27,7 @@ from tests.tiny_model import tiny_model
         ({"earm_start_update": -2}, "--earm-start-update -2"),
         ({"earm_warmup_updates": -1}, "--earm-warmup-updates -1"),
         ({"earm_recent_tokens": -2}, "--earm-recent-tokens -2"),
+        ({"earm_smooth_history": True, "earm_recent_tokens": 0}, "--earm-smooth-history True"),
         ({"earm_negatives": 0}, "--earm-negatives 0"),
         ({"earm_normalizer": "source"}, "--earm-negatives 1: one negative per source"),
         ({"earm_normalizer_ema": 1.0}, "--earm-normalizer-ema 1.0"),
@@ -82,10 +83,22 @@ def test_models_and_batches_without_energies_are_refused():
     ]:
         with pytest.raises(UsageError, match=says):
             build(model)(broken(model), batch(model))
-    left_padded = batch(tiny_model())
-    left_padded["target"] = left_padded["target"].flip(1)
-    with pytest.raises(UsageError, match="--left-pad-target"):
-        build(tiny_model())(tiny_model().train(), left_padded)
+    task = Task(model.decoder.dictionary)
+    task.cfg = Namespace(left_pad_target=True)
+    with pytest.raises(UsageError, match="--left-pad-target True"):
+        EarmCrossEntropyCriterion(task, config())
+
+
+def test_sharded_models_are_refused():
+    model = tiny_model().train()
+    model.summon_full_params = None
+    with pytest.raises(UsageError, match="--ddp-backend fully_sharded"):
+        build(model)(model, batch(model))
+
+
+def test_tasks_with_positions_per_language_pair_are_taken():
+    task = Task(tiny_model().decoder.dictionary, positions={"de-en": (64, 64)})
+    EarmCrossEntropyCriterion(task, config())
 
 
 def adaptive(model):

@@ -188,6 +188,7 @@ def independent_loss(model, sample, *, m, steps, normalizer, epsilon, prefix, we
         {"earm_variance_reduction": "none"},
         {"earm_variance_reduction": "none", "earm_recent_tokens": -1, "earm_normalizer": "source", "earm_negatives": 2},
         {"ignore_prefix_size": 1},
+        {"ignore_prefix_size": 1, "earm_energy_steps": "post", "earm_recent_tokens": -1},
     ],
 )
 def test_loss_and_gradient_are_the_papers(flags):

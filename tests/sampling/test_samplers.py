@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fairseq_earm.sampling.ancestral import AncestralSampler, draw, max_lengths
+from fairseq_earm.sampling.isolation import isolated
+from fairseq_earm.sampling.scoring import decoder_input
 from fairseq_earm.sampling.search import GeneratorSampler, truncate_log_probs
 from tests.tiny_model import enumerate_targets, tiny_batch, tiny_model
 
@@ -161,6 +163,38 @@ def test_start_token_of_the_batch_is_used():
         assert not torch.equal(
             sampler(model, net_input, negatives=500).log_q.sum(), sampler(model, started, negatives=500).log_q.sum()
         )
+
+
+@pytest.mark.parametrize("name", ["ancestral", "generator"])
+def test_what_is_cut_keeps_its_last_token_while_others_go_on(name):
+    """log q, which was noted token by token, is that of the tokens returned, also of rows cut before the batch ends."""
+    model = tiny_model()
+    net_input = tiny_batch(model, lengths=tuple(range(2, 12)))
+    kind = {"ancestral": AncestralSampler, "generator": GeneratorSampler}[name]
+    samples = kind(model.decoder.dictionary, max_len_a=0.4, max_len_b=1)(model, net_input, negatives=30)
+    assert samples.truncated.sum() > 50 and samples.lengths[samples.truncated].unique().numel() > 3
+    ends = samples.tokens.gather(1, samples.lengths.unsqueeze(1) - 1).squeeze(1)
+    assert torch.equal(ends.ne(model.decoder.dictionary.eos()), samples.truncated)
+    with torch.no_grad():
+        encoder_out = model.encoder.reorder_encoder_out(model.encoder(**net_input), samples.sources)
+        previous = decoder_input(samples.tokens, model.decoder.dictionary.eos())
+        logits = model.decoder(previous, encoder_out=encoder_out)[0]
+    logits[:, :, model.decoder.dictionary.pad()] = -math.inf
+    expected = logits.log_softmax(-1).gather(-1, samples.tokens.unsqueeze(-1)).squeeze(-1).masked_fill(~samples.mask, 0.0)
+    assert torch.allclose(samples.log_q.double(), expected, atol=1e-5)
+
+
+def test_batches_of_one_update_draw_apart_without_dropout():
+    model = tiny_model()
+    sampler, _ = samplers(model.decoder.dictionary)["ancestral"]
+    one, other = tiny_batch(model), tiny_batch(model, seed=2)
+    torch.manual_seed(0)
+    first, second = sampler(model, one, negatives=50), sampler(model, other, negatives=50)
+    with isolated(model, one["src_tokens"]):
+        uniform = torch.rand(5)
+    with isolated(model, other["src_tokens"]):
+        assert not torch.equal(uniform, torch.rand(5))
+    assert first.tokens.shape != second.tokens.shape or not torch.equal(first.tokens, second.tokens)
 
 
 def test_draw_skips_impossible_tokens_and_survives_nan():
