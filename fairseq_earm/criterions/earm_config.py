@@ -14,6 +14,8 @@ SAMPLERS = ("ancestral", "generator")
 
 @dataclass
 class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
+    """What `--criterion earm_cross_entropy` takes beside the stock criterion's flags."""
+
     earm_weight: float = field(
         default=0.05, metadata={"help": "λ, weight of the E-ARM loss beside cross-entropy; 0 is cross-entropy alone"}
     )

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class EarmTranslationConfig(TranslationConfig):
+    """What `--task earm_translation` takes beside the flags of `translation`."""
+
     energy_rerank: bool = field(
         default=False,
         metadata={

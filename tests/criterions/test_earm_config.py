@@ -11,7 +11,7 @@ from fairseq.data import Dictionary
 from fairseq_earm.criterions.earm_config import check_config
 from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
 from fairseq_earm.errors import UsageError
-from tests.criterions.test_earm_cross_entropy import Task, batch, build, config
+from tests.criterions.stubs import Task, batch, build, config
 from tests.tiny_model import tiny_model
 
 
@@ -86,7 +86,7 @@ def test_models_and_batches_without_energies_are_refused():
     task = Task(model.decoder.dictionary)
     task.cfg = Namespace(left_pad_target=True)
     with pytest.raises(UsageError, match="--left-pad-target True"):
-        EarmCrossEntropyCriterion(task, config())
+        assert EarmCrossEntropyCriterion(task, config()).sampler.max_len_b == config().earm_max_len_b
 
 
 def test_sharded_models_are_refused():
@@ -98,7 +98,7 @@ def test_sharded_models_are_refused():
 
 def test_tasks_with_positions_per_language_pair_are_taken():
     task = Task(tiny_model().decoder.dictionary, positions={"de-en": (64, 64)})
-    EarmCrossEntropyCriterion(task, config())
+    assert EarmCrossEntropyCriterion(task, config()).sampler.max_len_b == config().earm_max_len_b
 
 
 def adaptive(model):

@@ -1,74 +1,16 @@
-"""The criterion against the stock one, against an independent computation of the loss, and its bookkeeping."""
+"""The criterion against the stock one, against an independent computation of the loss, and what it logs."""
 from __future__ import annotations
 
 import math
-from argparse import Namespace
-from dataclasses import fields
 
 import pytest
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.logging import metrics
 
-from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig
 from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
-from fairseq_earm.criterions.training_clock import MAX_SKIPPED_IN_A_ROW, MeterState
-from fairseq_earm.sampling.samples import Samples
-from tests.tiny_model import tiny_batch, tiny_model
-
-
-@pytest.fixture(autouse=True)
-def no_metrics():
-    metrics.reset()
-    yield
-    metrics.reset()
-
-
-class Task:
-    """As much of a fairseq task as a criterion touches."""
-
-    def __init__(self, dictionary, positions=(64, 64)):
-        self.target_dictionary = dictionary
-        self.positions = positions
-        self.stepped = 0
-
-    def max_positions(self):
-        return self.positions
-
-    def begin_epoch(self, epoch, model):
-        pass
-
-    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
-        loss, *rest = criterion(model, sample)
-        loss.backward()
-        return (loss, *rest)
-
-    def optimizer_step(self, optimizer, model, update_num):
-        self.stepped += 1
-
-
-def config(**flags):
-    """The criterion's defaults, with E-ARM from the first epoch."""
-    values = {field.name: field.default for field in fields(EarmCrossEntropyConfig)}
-    values.update(sentence_avg=False, max_epoch=0, max_update=0, earm_start_epoch=1)
-    return Namespace(**{**values, **flags})
-
-
-def build(model, **flags):
-    return EarmCrossEntropyCriterion(Task(model.decoder.dictionary), config(**flags))
-
-
-def batch(model, rows=((5, 4), (4, 4, 5), (5,))):
-    """A batch with right-padded targets of different lengths."""
-    dictionary = model.decoder.dictionary
-    target = torch.full((len(rows), max(map(len, rows)) + 1), dictionary.pad())
-    for i, row in enumerate(rows):
-        target[i, : len(row) + 1] = torch.tensor([*row, dictionary.eos()])
-    net_input = tiny_batch(model, lengths=(3, 2, 4))
-    first = torch.full((len(rows), 1), dictionary.eos())
-    previous = torch.cat([first, target[:, :-1].masked_fill(target[:, :-1] == dictionary.eos(), dictionary.pad())], 1)
-    net_input["prev_output_tokens"] = previous
-    return {"net_input": net_input, "target": target, "ntokens": int(target.ne(dictionary.pad()).sum()), "nsentences": len(rows)}
+from tests.criterions.stubs import NEGATIVES, FixedSampler, batch, build, config
+from tests.tiny_model import tiny_model
 
 
 def gradients(model, loss):
@@ -98,29 +40,6 @@ def test_where_earm_is_off_it_is_the_stock_criterion(off, extra):
     assert {key: log[key] for key in expected_log} == expected_log
     ours, theirs = gradients(model, loss), gradients(model, expected_loss)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-class FixedSampler:
-    """Negatives that are known in advance: (sequence, source row, truncated)."""
-
-    def __init__(self, model, rows):
-        self.pad, self.rows = model.decoder.dictionary.pad(), rows
-
-    def __call__(self, model, net_input, negatives, prefix_tokens=None):
-        assert model.training
-        width = max(len(sequence) for sequence, _, _ in self.rows)
-        tokens = torch.full((len(self.rows), width), self.pad)
-        for i, (sequence, _, _) in enumerate(self.rows):
-            tokens[i, : len(sequence)] = torch.tensor(sequence)
-        given = 0 if prefix_tokens is None else prefix_tokens.size(1)
-        mask = tokens.ne(self.pad)
-        mask[:, :given] = False
-        sources = torch.tensor([source for _, source, _ in self.rows])
-        truncated = torch.tensor([cut for _, _, cut in self.rows])
-        return Samples(tokens, mask, torch.zeros(tokens.shape), truncated, sources)
-
-
-NEGATIVES = [((4, 2), 0, False), ((5, 5, 4), 0, True), ((4, 5, 2), 1, False), ((5, 2), 1, False), ((5, 4, 5, 4), 2, True), ((5, 4, 2), 2, False)]
 
 
 def numbers(model, sample, source, sequence):
@@ -288,120 +207,3 @@ def test_logged_figures_are_means_of_what_they_say():
     assert values["earm_max_weight"] == pytest.approx(weights.max().item() * len(own), abs=2e-2)
     assert values["earm_negative_length"] == pytest.approx(sum(len(s) for s, _, _ in NEGATIVES) / 6, abs=1e-2)
     assert values["earm_truncated"] == pytest.approx(2 / 6, abs=1e-3)
-
-
-@pytest.mark.parametrize("energy_steps", ["all", "last"])
-def test_moving_normaliser_averages_over_updates(energy_steps):
-    model = tiny_model().train()
-    criterion = build(model, earm_normalizer_ema=0.75, earm_energy_steps=energy_steps)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
-    criterion(model, batch(model))
-    first = MeterState().get("log_normalizer")
-    assert first.numel() == (4 if energy_steps == "all" else 1)
-    with torch.no_grad():
-        model.decoder.output_projection.weight.mul_(1.5)
-    criterion(model, batch(model))
-    moved = MeterState().get("log_normalizer")
-    plain = build(model, earm_normalizer_ema=0.75, earm_energy_steps=energy_steps)
-    plain.sampler = criterion.sampler
-    metrics.reset()
-    plain(model, batch(model))
-    batch_only = MeterState().get("log_normalizer")
-    assert torch.allclose(moved.exp(), 0.75 * first.exp() + 0.25 * batch_only.exp())
-    assert not torch.allclose(moved, batch_only)
-
-
-def run_updates(criterion, model, updates, epoch=1):
-    """λ of each update, the way fairseq's trainer would drive the task."""
-    seen = []
-    criterion.task.begin_epoch(epoch, model)
-    optimizer = Namespace(scaler=object())
-    for update in updates:
-        criterion.task.train_step(batch(model), model, lambda *_: (torch.zeros((), requires_grad=True),), optimizer, update)
-        seen.append(criterion.schedule.current_weight())
-    return seen
-
-
-def test_weight_starts_and_warms_up():
-    model = tiny_model()
-    by_update = build(model, earm_weight=2.0, earm_start_update=3, earm_warmup_updates=4)
-    assert run_updates(by_update, model, range(8)) == [0, 0, 0, 0.5, 1.0, 1.5, 2.0, 2.0]
-    by_epoch = build(model, earm_weight=2.0, earm_start_epoch=2, earm_warmup_updates=4)
-    assert run_updates(by_epoch, model, range(5)) == [0] * 5
-    assert run_updates(by_epoch, model, range(5, 10), epoch=2) == [0.5, 1.0, 1.5, 2.0, 2.0]
-    resumed = build(model, earm_weight=2.0, earm_start_epoch=2, earm_warmup_updates=4)
-    assert run_updates(resumed, model, range(7, 9), epoch=2) == [1.5, 2.0]
-
-
-class Optimizer:
-    """A fairseq optimizer in float32, as far as the guard sees it."""
-
-    scaler = None
-
-    def __init__(self, model):
-        self.parameters = list(model.parameters())
-
-    def zero_grad(self):
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def clip_grad_norm(self, max_norm, aggregate_norm_fn=None):
-        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
-
-
-def one_update(criterion, model, optimizer, update):
-    """Gradient norm of one update, and its log, in the order of fairseq's trainer."""
-    _, _, log = criterion.task.train_step(batch(model), model, criterion, optimizer, update_num=update)
-    norm = optimizer.clip_grad_norm(1.0)
-    criterion.task.optimizer_step(optimizer, model=model, update_num=update)
-    return norm, log
-
-
-def test_updates_that_are_not_finite_are_skipped_counted_and_kept_out_of_the_log():
-    model = tiny_model().train()
-    criterion = build(model)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
-    optimizer = Optimizer(model)
-    weight = model.decoder.output_projection.weight
-    norm, _ = one_update(criterion, model, optimizer, 0)
-    assert norm > 0 and criterion.task.stepped == 1
-    kept = weight.detach().clone()
-    with torch.no_grad():
-        weight.fill_(math.inf)
-    norm, log = one_update(criterion, model, optimizer, 1)
-    assert norm == 0 and criterion.task.stepped == 1 and all(p.grad is None for p in model.parameters())
-    assert log["loss"] == 0 and log["sample_size"] == 0
-    assert MeterState().get("skipped_updates") == 1
-    with torch.no_grad():
-        weight.copy_(kept)
-    norm, log = one_update(criterion, model, optimizer, 2)
-    assert norm > 0 and criterion.task.stepped == 2
-    with metrics.aggregate() as logged:
-        criterion.reduce_metrics([log])
-    assert logged.get_smoothed_values()["earm_skipped_updates"] == 1
-    with metrics.aggregate() as logged:
-        criterion.reduce_metrics([{**log, "sample_size": 0}])
-    assert math.isnan(logged["loss"].val) and logged["loss"].count == 0
-
-
-def test_training_stops_when_no_update_is_finite():
-    model = tiny_model().train()
-    criterion = build(model)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
-    optimizer = Optimizer(model)
-    with torch.no_grad():
-        model.decoder.output_projection.weight.fill_(math.nan)
-    norms = [one_update(criterion, model, optimizer, update)[0] for update in range(MAX_SKIPPED_IN_A_ROW + 1)]
-    assert norms[-2] == 0 and not torch.isfinite(norms[-1])
-
-
-def test_a_non_finite_batch_does_not_spoil_the_moving_normaliser():
-    model = tiny_model().train()
-    criterion = build(model, earm_normalizer_ema=0.9)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
-    criterion(model, batch(model))
-    before = MeterState().get("log_normalizer").clone()
-    with torch.no_grad():
-        model.decoder.output_projection.weight.fill_(math.nan)
-    criterion(model, batch(model))
-    assert torch.equal(MeterState().get("log_normalizer"), before)
