@@ -10,7 +10,7 @@ from fairseq.logging import metrics
 
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config
 from fairseq_earm.criterions.earm_log import earm_values, log_entries, reduce_earm_metrics
-from fairseq_earm.criterions.joint_forward import extend_decoder_input, forward_with_negatives
+from fairseq_earm.criterions.joint_forward import forward_with_negatives
 from fairseq_earm.criterions.training_clock import (
     EarmSchedule,
     MeterState,
@@ -101,7 +101,8 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     def _net_input(self, sample) -> dict:
         if not self.post:
             return sample["net_input"]
-        extended = extend_decoder_input(sample["net_input"]["prev_output_tokens"], sample["target"])
+        starts = start_tokens(sample["net_input"], self.eos)
+        extended = decoder_input(sample["target"], starts, extra_step=True)
         return {**sample["net_input"], "prev_output_tokens": extended}
 
     def _energies(self, logits, tokens, mask):

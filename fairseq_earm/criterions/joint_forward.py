@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 
@@ -42,8 +41,3 @@ def forward_with_negatives(model, net_input: dict, negative_input: Tensor, sourc
         encoder_hook.remove()
         decoder_hook.remove()
     return net_output, negative_output
-
-
-def extend_decoder_input(prev_output_tokens: Tensor, target: Tensor) -> Tensor:
-    """(B, T + 1) decoder input that also feeds each row's last token, for the step after it."""
-    return torch.cat([prev_output_tokens[:, :1], target], 1)
