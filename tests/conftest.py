@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fairseq_earm  # noqa: F401  (mends the installed versions)
-from tests import tiny_translation
+from tests import tiny_language, tiny_translation
 
 torch.set_num_threads(1)
 
@@ -23,3 +23,9 @@ def data_dir():
 def tiny(tmp_path_factory):
     """Binarised parallel text and two models trained on it, see `tiny_translation.build`."""
     return tiny_translation.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Binarised monolingual text and a language model trained on it, see `tiny_language.build_text`."""
+    return tiny_language.build_text(tmp_path_factory.mktemp("text"))

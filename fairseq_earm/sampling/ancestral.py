@@ -109,18 +109,19 @@ def max_lengths(source_lengths: Tensor, max_len_a: float, max_len_b: int, decode
     return limits if positions is None else limits.clamp_max(int(positions) - 1)
 
 
-def draw(logits: Tensor) -> tuple:
+def draw(logits: Tensor, generator: Optional[torch.Generator] = None) -> tuple:
     """Draw one token per row by the inverse of the cumulative distribution, several times cheaper than multinomial.
 
     Args:
         logits: (R, V).
+        generator: source of random numbers on the logits' device; by default the global one.
     Returns:
         (R,) tokens and (R,) their log-probability.
     """
     log_probs = logits.log_softmax(-1)
     cumulative = log_probs.exp().cumsum(-1)
     total = cumulative[:, -1:]
-    point = torch.rand_like(total) * total
+    point = torch.rand(total.shape, generator=generator, dtype=total.dtype, device=total.device) * total
     # Rounding could lift the point onto the total, behind the last token that has any probability.
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, point, right=True).clamp_max(logits.size(-1) - 1)

@@ -1,0 +1,93 @@
+"""Continuations of given prefixes, of a fixed number of tokens, drawn from a language model."""
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_earm.ebm.energy import widen
+from fairseq_earm.sampling.ancestral import draw
+from fairseq_earm.sampling.prefill import prefill
+from fairseq_earm.sampling.samples import Samples
+from fairseq_earm.sampling.scoring import decoder_input
+from fairseq_earm.sampling.search import truncate_log_probs
+
+
+class ContinuationSampler:
+    """Draws `length` tokens after each prefix, as a language model that was trained on blocks of text writes them.
+
+    End-of-sentence is a token like any other in such text, and ends nothing. Padding is never drawn, and the rest
+    renormalised.
+
+    Args:
+        dictionary: the language model's dictionary.
+        length: tokens of a continuation.
+        temperature: logits are divided by it.
+        topk, topp: sample among the k likeliest tokens, or the smallest set with probability p; −1 for all.
+    """
+
+    def __init__(self, dictionary, length: int, *, temperature: float = 1.0, topk: int = -1, topp: float = -1.0):
+        self.pad = dictionary.pad()
+        self.eos = dictionary.eos()
+        self.length = length
+        self.temperature = temperature
+        self.topk = topk
+        self.topp = topp
+
+    @torch.no_grad()
+    def __call__(
+        self, model, prefixes: Tensor, samples: int = 1, *, generator: Optional[torch.Generator] = None
+    ) -> Samples:
+        """Draw `samples` continuations of each prefix.
+
+        Args:
+            model: a fairseq language model in eval mode.
+            prefixes: (B, P) tokens without padding; P may be 0.
+            generator: source of random numbers on the prefixes' device; by default the global one.
+        Returns:
+            Samples with tokens (B·samples, length); log_q is exact under the truncated softmax.
+        """
+        sources = torch.arange(prefixes.size(0), device=prefixes.device).repeat_interleave(samples)
+        read, cache = decoder_input(prefixes, self.eos, extra_step=True), {}
+        prefill(model.decoder, read[:, :-1], cache)
+        logits = self._next_logits(model, read, cache)[sources]
+        read = read[sources]
+        model.decoder.reorder_incremental_state_scripting(cache, sources)
+        log_q = []
+        for step in range(self.length):
+            if step > 0:
+                logits = self._next_logits(model, read, cache)
+            tokens, log_probs = draw(self._proposal(logits), generator)
+            read = torch.cat([read, tokens.unsqueeze(1)], 1)
+            log_q.append(log_probs)
+        tokens = read[:, read.size(1) - self.length :]
+        everywhere = torch.ones_like(tokens, dtype=torch.bool)
+        truncated = torch.zeros_like(sources, dtype=torch.bool)
+        return Samples(tokens, everywhere, torch.stack(log_q, 1), truncated, sources)
+
+    def _next_logits(self, model, read: Tensor, cache: dict) -> Tensor:
+        return widen(model.decoder(read, incremental_state=cache)[0][:, -1])
+
+    def _proposal(self, logits: Tensor) -> Tensor:
+        logits = without_padding(logits, self.pad) / self.temperature
+        return truncate_log_probs(logits.log_softmax(-1), self.topk, self.topp)
+
+
+def without_padding(logits: Tensor, pad: int) -> Tensor:
+    """Logits under which padding has no probability."""
+    return logits.index_fill(-1, torch.tensor([pad], device=logits.device), -float("inf"))
+
+
+@torch.no_grad()
+def score_continuations(model, tokens: Tensor, prefix_length: int, *, pad: int, eos: int) -> Tensor:
+    """(R, L − prefix_length) log-probability of each token after the prefix, in nats, as `ContinuationSampler` draws it.
+
+    Args:
+        model: a fairseq language model in eval mode.
+        tokens: (R, L) prefixes and their continuations, without padding.
+        pad, eos: the dictionary's.
+    """
+    logits = model.decoder(decoder_input(tokens, eos))[0][:, prefix_length:]
+    log_probs = without_padding(widen(logits), pad).log_softmax(-1)
+    return log_probs.gather(-1, tokens[:, prefix_length:].unsqueeze(-1)).squeeze(-1)
