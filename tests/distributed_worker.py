@@ -21,6 +21,7 @@ def main(folder, plugin):
     utils.import_user_module(Namespace(user_dir=plugin))
     from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
     from fairseq_earm.sampling.ancestral import AncestralSampler
+    from fairscale_on_cpu import run_on_cpu
 
     rank, drawn, trainers = int(os.environ["RANK"]), 0, set()
     sample, forward, train_step = AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step
@@ -40,6 +41,8 @@ def main(folder, plugin):
         return train_step(trainer, *args, **kwargs)
 
     AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step = counted, spoilt, remembered
+    if "fully_sharded" in sys.argv:
+        run_on_cpu()
     cli_main()
     [trainer] = trainers
     torch.save({"weights": trainer.get_model().state_dict(), "drawn": drawn}, folder / f"{rank}.pt")

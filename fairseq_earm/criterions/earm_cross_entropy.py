@@ -200,7 +200,3 @@ def _check_model(model) -> None:
         raise UsageError(f"{flag}: needs an encoder-decoder model, and {type(model).__name__} is none")
     if getattr(model.decoder, "adaptive_softmax", None) is not None:
         raise UsageError(f"{flag}: an adaptive softmax has no logits to read energies from; train without --adaptive-softmax-cutoff")
-    if hasattr(model, "summon_full_params"):
-        raise UsageError(
-            "--ddp-backend fully_sharded: sampling needs parameters that sharding has freed; use c10d, no_c10d or legacy_ddp"
-        )

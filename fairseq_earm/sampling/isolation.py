@@ -35,6 +35,30 @@ def on_its_own(model: nn.Module):
 
 
 @contextmanager
+def gathered(model: nn.Module):
+    """All parameters of a sharded model at hand, and no wrapper around its parts; nothing to do for other models.
+
+    Under `--ddp-backend fully_sharded` each worker holds a share of the parameters, and a wrapped part collects its own
+    for each call. Workers draw sequences of different lengths, hence call a decoder differently often, and would wait
+    for each other for ever. So everything is collected once, in the precision the parameters are kept in, and wrapped
+    parts are called directly. It takes all workers: each must come here as often as the others.
+    """
+    if not hasattr(model, "summon_full_params"):
+        yield
+        return
+    with model.summon_full_params(volatile=True):
+        children = [(owner, name, child) for owner in model.modules() for name, child in owner._modules.items()]
+        wrapped = [found for found in children if hasattr(type(found[2]), "summon_full_params")]
+        for owner, name, child in wrapped:
+            owner._modules[name] = child.module.module
+        try:
+            yield
+        finally:
+            for owner, name, child in wrapped:
+                owner._modules[name] = child
+
+
+@contextmanager
 def isolated(model: nn.Module, src_tokens: torch.Tensor):
     """Run sampling code in a training step: `on_its_own`, without gradients, on random numbers of its own.
 
@@ -44,7 +68,7 @@ def isolated(model: nn.Module, src_tokens: torch.Tensor):
     """
     device = src_tokens.device
     on_gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=on_gpu), torch.no_grad(), on_its_own(model):
+    with gathered(model), torch.random.fork_rng(devices=on_gpu), torch.no_grad(), on_its_own(model):
         places = torch.arange(1, src_tokens.numel() + 1, device=device)
         seed = int(torch.randint(2**61, (1,), device=device) + (places * src_tokens.flatten()).sum()) + _rank()
         torch.default_generator.manual_seed(seed)
