@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "fairseq_earm"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from compare_table import print_table  # noqa: E402
+from steps import command, done  # noqa: E402
 
 
 def run(args) -> None:
@@ -66,22 +64,6 @@ def judge(spec: dict, args, folder: Path, checkpoint: Path, energy_step: str) ->
              f"--path={checkpoint}", "--no-progress-bar", *spec["generate"]],
             folder / "test.log",
         )
-
-
-def done(log: Path) -> bool:
-    return log.exists() and log.read_text(errors="replace").endswith("finished\n")
-
-
-def command(words: list, log: Path) -> None:
-    """Run a stock command on one thread; its log ends with "finished" only if it succeeded."""
-    print("$ " + shlex.join(words), flush=True)
-    with log.open("w") as file:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
-        status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-        if status != 0:
-            raise SystemExit(f"{words[0]} failed with status {status}; see {log}")
-        file.write("finished\n")
 
 
 def measure(args) -> None:

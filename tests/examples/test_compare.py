@@ -12,6 +12,7 @@ sys.path.insert(0, str(FOLDER))
 
 import compare  # noqa: E402
 import compare_table  # noqa: E402
+import steps  # noqa: E402
 
 REFERENCES = ["a dog runs over the green grass", "two men play chess in a park", "a child eats", "the red car is very fast today"]
 GOOD = ["a dog runs over the green grass", "two men play chess in the park", "a child eats", "the red car is fast today"]
@@ -87,7 +88,7 @@ def test_finished_work_is_not_done_again(tmp_path, monkeypatch):
         assert env["OMP_NUM_THREADS"] == "1"
         return type("Result", (), {"returncode": 1 if "fail" in words else 0})
 
-    monkeypatch.setattr(compare.subprocess, "run", stub)
+    monkeypatch.setattr(steps.subprocess, "run", stub)
     arguments = ["compare.py", "run", str(tmp_path / "spec.json"), "DATA", "BASE", str(tmp_path / "out"), "--seeds", "1", "2", "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", arguments)
     compare.main()
@@ -100,8 +101,8 @@ def test_finished_work_is_not_done_again(tmp_path, monkeypatch):
     compare.main()
     assert [words[0] for words in ran] == ["fairseq-generate"]
     with pytest.raises(SystemExit, match="failed with status 1"):
-        compare.command(["fail"], tmp_path / "log")
-    assert not compare.done(tmp_path / "log")
+        steps.command(["fail"], tmp_path / "log")
+    assert not steps.done(tmp_path / "log")
 
 
 def test_bleu_statistics_follow_the_test_sets_order():

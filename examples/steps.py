@@ -1,0 +1,63 @@
+"""Long experiments as steps: each a command with a log of its own, done once, after the steps that it needs."""
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import List, NamedTuple, Sequence, Tuple
+
+
+class Step(NamedTuple):
+    """One command of an experiment.
+
+    Attributes:
+        name: its log is NAME.log.
+        words: the command.
+        needs: names of earlier steps whose results it reads.
+    """
+
+    name: str
+    words: List[str]
+    needs: Tuple[str, ...] = ()
+
+
+def run_steps(steps: Sequence[Step], logs: Path, jobs: int) -> None:
+    """Run what is not done yet, `jobs` at a time; steps stand behind the steps that they need.
+
+    Raises:
+        SystemExit: a command failed; those that do not need it were still run.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {}
+        for step in steps:
+            running[step.name] = pool.submit(_run_step, step, [running[name] for name in step.needs], logs)
+    for job in running.values():
+        job.result()
+
+
+def _run_step(step: Step, needs: list, logs: Path) -> None:
+    for job in needs:
+        job.result()
+    if not done(logs / f"{step.name}.log"):
+        command(step.words, logs / f"{step.name}.log")
+
+
+def done(log: Path) -> bool:
+    """Whether the command behind a log has succeeded."""
+    return log.exists() and log.read_text(errors="replace").endswith("finished\n")
+
+
+def command(words: list, log: Path) -> None:
+    """Run a stock command on one thread; its log ends with "finished" only if it succeeded."""
+    print("$ " + shlex.join(words), flush=True)
+    with log.open("w") as file:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+        status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        if status != 0:
+            raise SystemExit(f"{words[0]} failed with status {status}; see {log}")
+        file.write("finished\n")

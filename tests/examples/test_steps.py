@@ -1,0 +1,32 @@
+"""The runner of long experiments, with commands that write down their order."""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from steps import Step, done, run_steps  # noqa: E402
+
+
+def step(folder, name, needs=(), script="pass"):
+    note = f"open({str(folder / 'order')!r}, 'a').write({name!r} + ' ')"
+    return Step(name, [sys.executable, "-c", f"{note}; {script}"], tuple(needs))
+
+
+def test_steps_run_after_what_they_need_and_once(tmp_path):
+    steps = [step(tmp_path, "a", script="import time; time.sleep(0.3)"), step(tmp_path, "b"), step(tmp_path, "c", ["a"])]
+    run_steps(steps, tmp_path / "logs", jobs=2)
+    order = (tmp_path / "order").read_text().split()
+    assert sorted(order) == ["a", "b", "c"] and order.index("a") < order.index("c")
+    (tmp_path / "logs" / "c.log").write_text("cut off")
+    run_steps(steps, tmp_path / "logs", jobs=2)
+    assert (tmp_path / "order").read_text().split() == [*order, "c"]
+
+
+def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path):
+    steps = [step(tmp_path, "a", script="exit(3)"), step(tmp_path, "b", ["a"]), step(tmp_path, "c")]
+    with pytest.raises(SystemExit, match="failed with status 3; see .*a.log"):
+        run_steps(steps, tmp_path / "logs", jobs=1)
+    assert (tmp_path / "order").read_text().split() == ["a", "c"]
+    assert [done(tmp_path / "logs" / f"{name}.log") for name in "abc"] == [False, False, True]
