@@ -6,4 +6,4 @@ from fairseq_earm import compat
 
 compat.apply()
 
-from fairseq_earm import criterions, tasks  # noqa: E402
+from fairseq_earm import criterions, models, tasks  # noqa: E402
