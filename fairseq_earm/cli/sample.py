@@ -1,0 +1,179 @@
+"""fairseq-earm-sample: pre-generate a language model's continuations of each prefix of a text, the negatives of residual NCE.
+
+Start the same command again after it was killed: it goes on where it stopped, and what it writes is, byte for byte, what one
+run would have written (on the same machine; on a GPU as far as torch's kernels repeat themselves).
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from typing import Optional, Sequence
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary
+from tqdm import tqdm
+
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.base_lm import load_base_lm
+from fairseq_earm.sampling.blocks import Blocks, load_blocks
+from fairseq_earm.sampling.continuation import ContinuationSampler
+from fairseq_earm.sampling.store import BREAK_MODES, DTYPES, PIECE, SETTINGS, dictionary_hash, shard_sequences
+from fairseq_earm.sampling.store_writer import StoreWriter
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """The console script; says what there was to do and what was done."""
+    args = _parser().parse_args(argv)
+    device = torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
+    _check_flags(args)
+    dictionary = _dictionary(args)
+    blocks = load_blocks(
+        os.path.join(args.data, args.gen_subset), dictionary, sequence_length=args.sequence_length,
+        break_mode=args.sample_break_mode, dataset_impl=args.dataset_impl, combine=args.gen_subset == "train",
+    )
+    settings = _settings(args, blocks, dictionary, device)
+    writer = StoreWriter(
+        os.path.join(args.output, args.gen_subset), settings, checkpoint=args.path, dictionary_size=len(dictionary)
+    )
+    if writer.finished:
+        writer.remove_parts()
+        print(f"{writer.prefix} is finished already: nothing to do")
+        return
+    # Loaded before anything is written: a model that will not do leaves nothing behind.
+    model = _model(args, dictionary, device) if writer.missing() else None
+    with writer:
+        _draw(args, writer, blocks, model, dictionary, device)
+        writer.finish()
+    prefixes = len(shard_sequences(settings))
+    print(
+        f"{writer.prefix}: {args.samples} samples for each of {prefixes:,} prefixes ({blocks.skipped:,} sequences of the text "
+        "were too short)"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fairseq-earm-sample", description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("data", help="folder of fairseq-preprocess")
+    parser.add_argument("--path", required=True, metavar="FILE", help="checkpoint of the language model")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="where the samples go, for --negatives in training; one for all splits"
+    )
+    parser.add_argument("--gen-subset", default="train", metavar="SPLIT", help="split whose prefixes are continued")
+    parser.add_argument("--prefix-length", type=int, default=120, metavar="N", help="tokens that are given")
+    parser.add_argument("--sequence-length", type=int, default=160, metavar="N", help="tokens of a sequence, prefix included")
+    parser.add_argument("--sample-break-mode", choices=BREAK_MODES, default="none", help="as in task residual_language_modeling")
+    parser.add_argument("--dataset-impl", metavar="FORMAT", help="format of the data, if fairseq does not recognise it")
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="continuations of each prefix")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="logits are divided by it")
+    parser.add_argument("--sampling-topk", type=int, default=-1, metavar="K", help="draw among the K likeliest tokens; -1: all")
+    parser.add_argument(
+        "--sampling-topp", type=float, default=-1.0, metavar="P",
+        help="draw from the smallest set of tokens with probability P (nucleus); -1: all",
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="other seeds draw other samples")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N",
+        help="prefixes in a batch, which has so many times --samples rows; also what is lost at most when the command is killed",
+    )
+    parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="divide the prefixes into so many parts")
+    parser.add_argument("--shard-id", type=int, default=0, metavar="I", help="the part that this command does, from 0")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the model's parameters")
+    parser.add_argument("--cpu", action="store_true", help="use no GPU")
+    return parser
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    for name, field in SETTINGS.items():
+        if hasattr(args, name) and not field.allowed(getattr(args, name)):
+            raise UsageError(f"{field.flag} {getattr(args, name)}: give {field.description}")
+    if args.prefix_length >= args.sequence_length:
+        raise UsageError(
+            f"--prefix-length {args.prefix_length} leaves nothing to continue of --sequence-length {args.sequence_length}: give a "
+            "shorter prefix, or longer sequences"
+        )
+    if args.shard_id >= args.num_shards:
+        raise UsageError(f"--shard-id {args.shard_id}: with --num-shards {args.num_shards} give 0 to {args.num_shards - 1}")
+    if args.sampling_topk != -1 and args.sampling_topp != -1:
+        raise UsageError(f"--sampling-topk {args.sampling_topk} and --sampling-topp {args.sampling_topp}: give one of them")
+
+
+def _dictionary(args: argparse.Namespace) -> Dictionary:
+    path = os.path.join(args.data, "dict.txt")
+    if not os.path.isfile(path):
+        raise UsageError(f"{args.data} has no dict.txt: give a folder that fairseq-preprocess --only-source wrote")
+    dictionary = Dictionary.load(path)
+    if args.sampling_topk > len(dictionary):
+        raise UsageError(f"--sampling-topk {args.sampling_topk}: the dictionary has {len(dictionary)} symbols; give fewer, or -1")
+    return dictionary
+
+
+def _settings(args: argparse.Namespace, blocks: Blocks, dictionary: Dictionary, device: torch.device) -> dict:
+    settings = {
+        **{name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
+        "split": args.gen_subset,
+        "dictionary_sha256": dictionary_hash(dictionary),
+        "sequences": len(blocks),
+        "text_sha256": blocks.fingerprint(),
+        "checkpoint_sha256": _file_hash(args.path),
+        "device": device.type,
+    }
+    chunks = -(-len(blocks) // args.batch_size)
+    if args.num_shards > chunks:
+        raise UsageError(
+            f"--num-shards {args.num_shards}: {len(blocks)} sequences are {chunks} batches of --batch-size {args.batch_size}; give "
+            "fewer shards, or smaller batches"
+        )
+    return settings
+
+
+def _file_hash(path: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for piece in iter(lambda: file.read(PIECE), b""):
+                digest.update(piece)
+    except OSError as error:
+        raise UsageError(f"--path {path} cannot be read ({error.strerror}): give a checkpoint of fairseq-train") from None
+    return digest.hexdigest()
+
+
+def _model(args: argparse.Namespace, dictionary: Dictionary, device: torch.device):
+    data = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary, args=argparse.Namespace(data=args.data))
+    dtype = getattr(torch, args.dtype)
+    return load_base_lm(args.path, data, flag="--path", sequence_length=args.sequence_length, dtype=dtype).to(device).model
+
+
+def _draw(args: argparse.Namespace, writer: StoreWriter, blocks: Blocks, model, dictionary: Dictionary, device: torch.device) -> None:
+    """Draw every chunk that is missing, each from random numbers of its own."""
+    missing = writer.missing()
+    total = len(shard_sequences(writer.settings)) * args.samples
+    there = total - sum(len(writer.chunk(first)) for first in missing) * args.samples
+    sampler = ContinuationSampler(
+        dictionary, args.sequence_length - args.prefix_length,
+        temperature=args.temperature, topk=args.sampling_topk, topp=args.sampling_topp,
+    )
+    with tqdm(desc=writer.prefix, total=total, initial=there, unit=" samples", disable=None) as progress:
+        for first in missing:
+            sequences = writer.chunk(first)
+            if blocks.supports_prefetch:
+                blocks.prefetch(sequences)
+            prefixes = torch.stack([blocks[index] for index in sequences])[:, : args.prefix_length].to(device)
+            generator = torch.Generator(device).manual_seed(_seed(args.seed, first))
+            drawn = sampler(model, prefixes, args.samples, generator=generator)
+            if not drawn.log_q.isfinite().all():
+                raise UsageError(
+                    f"--path {args.path} gives probabilities that are no numbers under --dtype {args.dtype}: try float32, or "
+                    "another checkpoint"
+                )
+            writer.add(first, drawn.tokens)
+            progress.update(drawn.tokens.size(0))
+
+
+def _seed(seed: int, first: int) -> int:
+    """Seed of the chunk that begins with sequence `first`, which no other chunk nor another --seed shares."""
+    return int(np.random.SeedSequence([seed, first]).generate_state(1, np.uint64)[0])

@@ -1,0 +1,36 @@
+"""The language model beneath a residual energy: loaded, and checked for what is asked of it."""
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel
+
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
+
+
+def load_base_lm(
+    path: str, task, *, flag: str, sequence_length: int, dtype: Optional[torch.dtype] = None
+) -> FrozenModel:
+    """`load_frozen` for a language model that can write sequences of `sequence_length` tokens.
+
+    Raises:
+        UsageError: as `load_frozen`; also another kind of model, an adaptive softmax, a language model that does not write
+            from left to right, or one with fewer positions.
+    """
+    frozen = load_frozen(path, task, flag=flag, dtype=dtype)
+    model, kind = frozen.model, type(frozen.model).__name__
+    if not isinstance(model, FairseqLanguageModel):
+        raise UsageError(f"{flag} {path} is a {kind}: give a language model (fairseq-train --task language_modeling)")
+    if not isinstance(model.decoder, FairseqIncrementalDecoder) or getattr(frozen.task, "targets", ["future"]) != ["future"]:
+        raise UsageError(f"{flag} {path}: this {kind} does not write from left to right; give a language model that does")
+    if getattr(model.decoder, "adaptive_softmax", None) is not None:
+        raise UsageError(f"{flag} {path}: an adaptive softmax has no logits to draw from; train without --adaptive-softmax-cutoff")
+    positions = model.max_positions()
+    if positions is not None and sequence_length > positions:
+        raise UsageError(
+            f"--sequence-length {sequence_length}: {flag} {path} has {positions} positions; give a smaller length, or a model "
+            f"trained with --tokens-per-sample {sequence_length} or more"
+        )
+    return frozen

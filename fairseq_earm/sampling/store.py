@@ -1,0 +1,316 @@
+"""Pre-generated negatives on disk: their settings, and reading them back.
+
+Samples lie in fairseq's memory-mapped format: item i holds the N continuations of sequence i's prefix, T tokens each, one
+behind the other. `PATH.json` says how they were made; it is written last, so where it is the samples are complete. In
+several shards each has its own three files, `PATH.shard0of4.bin` and so on.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import zlib
+from bisect import bisect_right
+from typing import Callable, Dict, List, NamedTuple
+
+import numpy as np
+import torch
+from fairseq.data.indexed_dataset import MMapIndexedDataset, best_fitting_int_dtype
+from torch import Tensor
+
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.blocks import Blocks
+
+FORMAT = 1
+LONGEST_RECORD = 65536  # bytes; ours have about a thousand
+PIECE = 1 << 24  # bytes read at once
+BREAK_MODES = ("none", "complete", "complete_doc", "eos")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Field(NamedTuple):
+    """What a setting may be.
+
+    Attributes:
+        allowed: whether a value is one.
+        description: the same in words.
+        flag: how the command's user gives it.
+    """
+
+    allowed: Callable[[object], bool]
+    description: str
+    flag: str
+
+
+def _integer(flag: str, low: int, high: int = 2**62, also: int = 0) -> Field:
+    """`also`: one value below the range that is allowed too, as −1 for all."""
+    description = f"{low} or more" if high == 2**62 else f"from {low} to {high}"
+    if also:
+        description += f", or {also}"
+    return Field(lambda value: type(value) is int and (low <= value <= high or (also != 0 and value == also)), description, flag)
+
+
+def _choice(flag: str, *choices: str) -> Field:
+    return Field(lambda value: type(value) is str and value in choices, f"one of {', '.join(choices)}", flag)
+
+
+def _number(flag: str, allowed: Callable[[float], bool], description: str) -> Field:
+    return Field(lambda value: type(value) is float and math.isfinite(value) and allowed(value), description, flag)
+
+
+def _sha256(flag: str) -> Field:
+    return Field(lambda value: type(value) is str and bool(re.fullmatch("[0-9a-f]{64}", value)), "a SHA-256", flag)
+
+
+def _text(flag: str) -> Field:
+    return Field(lambda value: type(value) is str and value != "", "a name", flag)
+
+
+# All that decides which samples are drawn, in the order in which differences are named.
+SETTINGS: Dict[str, Field] = {
+    "split": _text("--gen-subset"),
+    "dictionary_sha256": _sha256("the data's dictionary"),
+    "prefix_length": _integer("--prefix-length", 0),
+    "sequence_length": _integer("--sequence-length", 1),
+    "sample_break_mode": _choice("--sample-break-mode", *BREAK_MODES),
+    "sequences": _integer("the number of sequences in the data", 1),
+    "text_sha256": _sha256("the text"),
+    "checkpoint_sha256": _sha256("the checkpoint given by --path"),
+    "samples": _integer("--samples", 1),
+    "temperature": _number("--temperature", lambda value: value > 0, "a number above 0"),
+    "sampling_topk": _integer("--sampling-topk", 1, also=-1),
+    "sampling_topp": _number("--sampling-topp", lambda value: 0 < value <= 1 or value == -1, "above 0 and at most 1, or -1"),
+    "seed": _integer("--seed", 0),
+    "batch_size": _integer("--batch-size", 1),
+    "dtype": _choice("--dtype", *DTYPES),
+    "device": _choice("the device (--cpu)", "cpu", "cuda"),
+    "num_shards": _integer("--num-shards", 1),
+    "shard_id": _integer("--shard-id", 0),
+}
+RECORD: Dict[str, Field] = {
+    "format": _integer("", FORMAT, FORMAT),
+    **SETTINGS,
+    "checkpoint": _text("--path"),
+    "bin_crc32": _integer("", 0, 2**32 - 1),
+    "idx_crc32": _integer("", 0, 2**32 - 1),
+}
+
+
+def dictionary_hash(dictionary) -> str:
+    """SHA-256 of a dictionary's symbols in their order; their counts do not matter."""
+    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
+def shard_prefix(path: str, num_shards: int, shard_id: int) -> str:
+    """Path of a shard's files without their endings."""
+    return path if num_shards == 1 else f"{path}.shard{shard_id}of{num_shards}"
+
+
+def chunk_starts(settings: dict) -> range:
+    """First sequence of each chunk that a shard consists of.
+
+    Shards divide the chunks, not the sequences, so that what is drawn does not depend on how many shards there are.
+    """
+    chunks = -(-settings["sequences"] // settings["batch_size"])
+    first, end = (chunks * shard // settings["num_shards"] for shard in (settings["shard_id"], settings["shard_id"] + 1))
+    return range(first * settings["batch_size"], end * settings["batch_size"], settings["batch_size"])
+
+
+def shard_sequences(settings: dict) -> range:
+    """The sequences whose prefixes a shard continues."""
+    starts = chunk_starts(settings)
+    return range(starts.start, min(starts.stop, settings["sequences"]))
+
+
+def item_tokens(settings: dict) -> int:
+    """Tokens of one item, all of a prefix's continuations."""
+    return settings["samples"] * (settings["sequence_length"] - settings["prefix_length"])
+
+
+def first_unequal(one: dict, other: dict, *, besides: tuple = ()) -> str:
+    """The first setting, by name, in which two differ; empty if none does."""
+    return next((name for name in SETTINGS if name not in besides and one[name] != other[name]), "")
+
+
+def read_record(path: str, fields: Dict[str, Field] = RECORD) -> dict:
+    """Settings from a JSON file, every type and range checked.
+
+    Raises:
+        UsageError: an unreadable file, or one that this command did not write.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(LONGEST_RECORD + 1)
+        if len(text) > LONGEST_RECORD:
+            raise ValueError("it is too long")
+        record = json.loads(text.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (RecursionError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({str(error)[:80]}): delete the samples and make them again") from None
+    if not isinstance(record, dict) or record.keys() != fields.keys():
+        raise UsageError(f"{path} is not the record of samples that this version can read: make them again")
+    for name, field in fields.items():
+        if not field.allowed(record[name]):
+            shown = repr(record[name])[:60]
+            raise UsageError(f"{path} is damaged: {name} is {shown}, not {field.description}; make the samples again")
+    return record
+
+
+def open_shard(prefix: str, record: dict, dictionary_size: int) -> MMapIndexedDataset:
+    """One shard's samples, once sizes, checksums and the range of the tokens agree with its record.
+
+    Raises:
+        UsageError: files that are missing, truncated or otherwise changed.
+    """
+    dtype = np.dtype(best_fitting_int_dtype(dictionary_size))
+    items, length = len(shard_sequences(record)), item_tokens(record)
+    _check_file(f"{prefix}.bin", items * length * dtype.itemsize, record["bin_crc32"], dtype, dictionary_size)
+    # 26 bytes of header; a size of 4 bytes and an address of 8 for each item.
+    _check_file(f"{prefix}.idx", 26 + 12 * items, record["idx_crc32"])
+    try:
+        shard = MMapIndexedDataset(prefix)
+    except (AssertionError, KeyError, ValueError, struct.error) as error:
+        raise UsageError(f"{prefix}.idx is no index of fairseq's format mmap: make the samples again") from error
+    if len(shard) != items or (shard.sizes != length).any():
+        raise UsageError(f"{prefix}.idx does not list {items} items of {length} tokens: make the samples again")
+    return shard
+
+
+def _check_file(path: str, size: int, crc32: int, dtype: np.dtype = np.dtype("uint8"), below: int = 256) -> None:
+    """Compare size, checksum and the range of the numbers in a file, a piece at a time."""
+    try:
+        found = os.path.getsize(path)
+        if found != size:
+            raise UsageError(f"{path} has {found} bytes, not {size}: it is damaged; make the samples again")
+        checksum, inside = 0, True
+        with open(path, "rb") as file:
+            for piece in iter(lambda: file.read(PIECE), b""):
+                checksum = zlib.crc32(piece, checksum)
+                numbers = np.frombuffer(piece, dtype)
+                inside = inside and bool(numbers.max() < below) and bool(numbers.min() >= 0)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): make the samples again") from None
+    if checksum != crc32 or not inside:
+        raise UsageError(f"{path} is damaged (its checksum or tokens are not what they should be): make the samples again")
+
+
+class SampleStore:
+    """Continuations of each sequence's prefix, drawn beforehand by `fairseq-earm-sample`. It can be sent to other processes.
+
+    Attributes:
+        path: as given to the command's --output.
+        samples: N, continuations of each prefix.
+        record: settings they were made with, by name as in `SETTINGS`.
+    """
+
+    def __init__(self, path: str, shards: List[MMapIndexedDataset], record: dict):
+        self.path = path
+        self.samples = record["samples"]
+        self.record = record
+        self._shards = shards
+        self._starts = np.cumsum([0] + [len(shard) for shard in shards]).tolist()
+
+    @classmethod
+    def open(cls, path: str, blocks: Blocks, *, dictionary, prefix_length: int, flag: str = "--negatives") -> "SampleStore":
+        """Open samples for the sequences whose prefixes they continue. Reads all of them once, to find damage.
+
+        Args:
+            path: without ending.
+            blocks: the sequences, see `load_blocks`.
+            dictionary: the data's.
+            prefix_length: P, of the sequences' `blocks.sequence_length` tokens.
+            flag: the flag that gave the path, for messages.
+        Raises:
+            UsageError: no samples, unfinished ones, a missing shard, damaged files, another dictionary, another prefix or
+                sequence length, another number of sequences, or other sequences.
+        """
+        records = _records(path, flag)
+        for record in records:
+            _check_fits(f"{flag} {path}", record, blocks, dictionary, prefix_length)
+        shards = [
+            open_shard(shard_prefix(path, len(records), shard), record, len(dictionary))
+            for shard, record in enumerate(records)
+        ]
+        return cls(path, shards, records[0])
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self._starts[-1]
+
+    def all(self, index: int) -> Tensor:
+        """(N, T) all continuations of one sequence's prefix."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        shard = bisect_right(self._starts, index) - 1
+        return self._shards[shard][index - self._starts[shard]].view(self.samples, -1)
+
+    def draw(self, index: int, count: int, rng: np.random.Generator) -> Tensor:
+        """(count, T) continuations of one sequence's prefix, chosen uniformly, none twice.
+
+        Raises:
+            UsageError: more than there are.
+        """
+        if count > self.samples:
+            raise UsageError(
+                f"{self.path} has {self.samples} samples a prefix, too few for {count}: ask for fewer, or make more with --samples"
+            )
+        return self.all(index)[torch.from_numpy(rng.choice(self.samples, count, replace=False))]
+
+
+def _records(path: str, flag: str) -> List[dict]:
+    """The records of all shards in their order, which agree in everything else."""
+    numbers = _shards_found(path)
+    counts = sorted({count for _, count in numbers})
+    if not counts:
+        unfinished = os.path.isdir(f"{path}.parts")
+        remedy = "are unfinished: start the same command again" if unfinished else "do not exist: fairseq-earm-sample makes them"
+        raise UsageError(f"{flag} {path}: these samples {remedy}")
+    if len(counts) > 1:
+        raise UsageError(f"{flag} {path}: there are samples in {counts[0]} and in {counts[1]} shards: delete those not wanted")
+    missing = [shard for shard in range(counts[0]) if (shard, counts[0]) not in numbers]
+    if missing:
+        raise UsageError(
+            f"{flag} {path}: shard {missing[0]} of {counts[0]} is missing: run fairseq-earm-sample with "
+            f"--num-shards {counts[0]} --shard-id {missing[0]}"
+        )
+    names = [shard_prefix(path, counts[0], shard) + ".json" for shard in range(counts[0])]
+    records = [read_record(name) for name in names]
+    for shard, (name, record) in enumerate(zip(names, records)):
+        if (record["shard_id"], record["num_shards"]) != (shard, counts[0]):
+            raise UsageError(f"{name} is the record of shard {record['shard_id']} of {record['num_shards']}: it was renamed")
+        name_of_setting = first_unequal(record, records[0], besides=("shard_id",))
+        if name_of_setting:
+            flag_of_setting = SETTINGS[name_of_setting].flag
+            raise UsageError(f"{flag} {path}: shards 0 and {shard} differ in {flag_of_setting}: make one of them again")
+    return records
+
+
+def _shards_found(path: str) -> set:
+    """(shard, number of shards) of every record on disk."""
+    found = {(0, 1)} if os.path.isfile(f"{path}.json") else set()
+    folder, name = os.path.split(path)
+    pattern = re.compile(re.escape(name) + r"\.shard(\d{1,9})of(\d{1,9})\.json")
+    if os.path.isdir(folder or "."):
+        matches = map(pattern.fullmatch, os.listdir(folder or "."))
+        found |= {(int(match.group(1)), int(match.group(2))) for match in matches if match}
+    return found
+
+
+def _check_fits(what: str, record: dict, blocks: Blocks, dictionary, prefix_length: int) -> None:
+    expected = {
+        "dictionary_sha256": dictionary_hash(dictionary),
+        "prefix_length": prefix_length,
+        "sequence_length": blocks.sequence_length,
+        "sequences": len(blocks),
+        "text_sha256": blocks.fingerprint(),
+    }
+    for name, value in expected.items():
+        if record[name] == value:
+            continue
+        if name.endswith("sha256"):
+            raise UsageError(f"{what}: {SETTINGS[name].flag} is another one than these samples were made with: make them again")
+        raise UsageError(f"{what}: made with {SETTINGS[name].flag} {record[name]}, here it is {value}: make them again, or change it")

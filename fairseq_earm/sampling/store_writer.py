@@ -1,0 +1,197 @@
+"""Writing pre-generated negatives, so that being killed at any moment loses and doubles nothing."""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import zlib
+from typing import Callable, List
+
+import numpy as np
+from fairseq.data.indexed_dataset import MMapIndexedDataset, best_fitting_int_dtype
+from torch import Tensor
+from tqdm import tqdm
+
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling import store
+
+PART = re.compile(r"part-\d+")
+OURS = re.compile(r"(part-\d+|settings\.json|record\.json|merged\.bin|merged\.idx)(\.tmp)?|lock")
+
+
+class StoreWriter:
+    """Writes one shard, chunk by chunk; a context in which no other process can write the same.
+
+    Each chunk becomes a file of its own in the folder `PATH.parts`, whole or not at all: it is written under another name,
+    synced and renamed. `finish` puts them together. What lies there when the same command is started again is kept.
+
+    Args:
+        path: --output.
+        settings: all of `store.SETTINGS`.
+        checkpoint: the model's path, noted for people.
+        dictionary_size: tokens are below it.
+    Attributes:
+        prefix: path of the shard's files without their endings.
+        settings: as given.
+        finished: whether the shard was complete, and whole, from the beginning.
+    Raises:
+        UsageError: there are samples made with other settings (names the first), or other files that bear the name; in the
+            context, for all that the file system refuses.
+    """
+
+    def __init__(self, path: str, settings: dict, *, checkpoint: str, dictionary_size: int):
+        self.prefix = store.shard_prefix(path, settings["num_shards"], settings["shard_id"])
+        self.finished = os.path.exists(f"{self.prefix}.json")
+        self.settings = settings
+        self._checkpoint = checkpoint
+        self._dtype = best_fitting_int_dtype(dictionary_size)
+        self._folder = f"{self.prefix}.parts"
+        self._lock = None
+        if self.finished:
+            record = store.read_record(f"{self.prefix}.json")
+            self._check_same(record, f"{self.prefix}.json")
+            store.open_shard(self.prefix, record, dictionary_size)
+        elif not os.path.isdir(self._folder):
+            self._check_name_is_free()
+        elif any(PART.fullmatch(name) for name in os.listdir(self._folder)):
+            self._check_same(store.read_record(self._inside("settings.json"), store.SETTINGS), self._folder)
+
+    def _check_same(self, record: dict, where: str) -> None:
+        name = store.first_unequal(record, self.settings)
+        if not name:
+            return
+        values = f" {record[name]}, this is {self.settings[name]}"
+        difference = " is another one" if name.endswith("sha256") else values
+        raise UsageError(
+            f"{where} was made with other settings: {store.SETTINGS[name].flag}{difference}; give the same, or another --output, "
+            f"or delete {where}"
+        )
+
+    def _check_name_is_free(self) -> None:
+        for path in (f"{self.prefix}.bin", f"{self.prefix}.idx"):
+            if os.path.exists(path):
+                raise UsageError(f"--output {self.prefix}: {path} exists and is no unfinished work of this command: give another name")
+
+    def __enter__(self) -> "StoreWriter":
+        with self._clear_errors():
+            os.makedirs(self._folder, exist_ok=True)
+            self._lock = open(self._inside("lock"), "w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._lock.close()
+                raise UsageError(f"--output {self.prefix}: another process is writing it: wait for it, or end it") from None
+            self._write("settings.json", lambda file: file.write(_json(self.settings)))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.close()
+
+    def missing(self) -> List[int]:
+        """First sequence of each chunk that is yet to be drawn. A part of the wrong size counts as none."""
+        sizes = {}
+        if os.path.isdir(self._folder):
+            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self._folder)}
+        per_item = store.item_tokens(self.settings) * np.dtype(self._dtype).itemsize
+        starts = store.chunk_starts(self.settings)
+        return [first for first in starts if sizes.get(_part(first)) != len(self.chunk(first)) * per_item]
+
+    def chunk(self, first: int) -> range:
+        """The sequences of the chunk that begins with `first`."""
+        return range(first, min(first + self.settings["batch_size"], self.settings["sequences"]))
+
+    def add(self, first: int, tokens: Tensor) -> None:
+        """Keep the samples of one chunk: (B, N · T) or (B · N, T) tokens in the order of the sequences."""
+        numbers = tokens.cpu().numpy().astype(self._dtype)
+        with self._clear_errors():
+            self._write(_part(first), lambda file: file.write(numbers.tobytes()))
+
+    def finish(self) -> None:
+        """Put all parts together. The record is written last, and the parts are removed only then."""
+        with self._clear_errors():
+            checksums = {"bin_crc32": self._merge_parts(), "idx_crc32": self._write_index()}
+            os.replace(self._inside("merged.bin"), f"{self.prefix}.bin")
+            os.replace(self._inside("merged.idx"), f"{self.prefix}.idx")
+            record = {"format": store.FORMAT, **self.settings, "checkpoint": self._checkpoint, **checksums}
+            self._write("record.json", lambda file: file.write(_json(record)))
+            os.replace(self._inside("record.json"), f"{self.prefix}.json")
+            _sync_folder(os.path.dirname(self.prefix) or ".")
+            self.remove_parts()
+
+    def remove_parts(self) -> None:
+        """Remove what is ours in the folder of parts, and the folder if nothing else is in it."""
+        if not os.path.isdir(self._folder):
+            return
+        for name in filter(OURS.fullmatch, os.listdir(self._folder)):
+            os.remove(self._inside(name))
+        with contextlib.suppress(OSError):
+            os.rmdir(self._folder)
+
+    def _merge_parts(self) -> int:
+        """Write `merged.bin`; its CRC-32."""
+        checksum = 0
+
+        def copy_all(file):
+            nonlocal checksum
+            for first in tqdm(store.chunk_starts(self.settings), desc="merging", unit=" chunks", disable=None):
+                with open(self._inside(_part(first)), "rb") as part:
+                    data = part.read()
+                checksum = zlib.crc32(data, checksum)
+                file.write(data)
+
+        self._write("merged.bin", copy_all)
+        return checksum
+
+    def _write_index(self) -> int:
+        """Write `merged.idx`, by fairseq; its CRC-32."""
+        path = self._inside("merged.idx")
+        items, length = len(store.shard_sequences(self.settings)), store.item_tokens(self.settings)
+        with MMapIndexedDataset.Index.writer(path, self._dtype) as index:
+            index.write([length] * items)
+        checksum = 0
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            for piece in iter(lambda: file.read(store.PIECE), b""):
+                checksum = zlib.crc32(piece, checksum)
+        return checksum
+
+    def _write(self, name: str, write: Callable) -> None:
+        """Make a file of the folder appear whole or not at all, also if the power fails."""
+        path = self._inside(name)
+        with open(f"{path}.tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+        _sync_folder(self._folder)
+
+    def _inside(self, name: str) -> str:
+        return os.path.join(self._folder, name)
+
+    @contextlib.contextmanager
+    def _clear_errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(
+                f"--output {self.prefix} cannot be written ({error.strerror or error}): the chunks that are finished are kept; "
+                "make room or leave to write, and start the same command again"
+            ) from error
+
+
+def _part(first: int) -> str:
+    return f"part-{first}"
+
+
+def _json(record: dict) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()
+
+
+def _sync_folder(folder: str) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
