@@ -18,5 +18,10 @@ setup(
         "plots": ["matplotlib"],
         "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis"],
     },
-    entry_points={"console_scripts": ["fairseq-earm-tune = fairseq_earm.cli.tune:main"]},
+    entry_points={
+        "console_scripts": [
+            "fairseq-earm-sample = fairseq_earm.cli.sample:main",
+            "fairseq-earm-tune = fairseq_earm.cli.tune:main",
+        ]
+    },
 )
