@@ -9,6 +9,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.reranking import EnergyReranker
+from fairseq_earm.tasks.batching import ExactBatches
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class EarmTranslationConfig(TranslationConfig):
 
 
 @register_task("earm_translation", dataclass=EarmTranslationConfig)
-class EarmTranslationTask(TranslationTask):
+class EarmTranslationTask(ExactBatches, TranslationTask):
     """fairseq's `translation` with energy reranking; its flags, data and checkpoints are those of `translation`.
 
     Raises:
@@ -66,25 +67,6 @@ class EarmTranslationTask(TranslationTask):
             select=self.cfg.energy_select,
             energy_step=self.cfg.energy_step,
         )
-
-    def get_batch_iterator(self, dataset, *args, **kwargs):
-        """The stock iterator, but one that loses no sentence in evaluation and resumes exactly in training.
-
-        fairseq's main branch drops a split's last batch unless its size is a multiple of --required-batch-size-multiple,
-        and forms the batches of training data by the epoch in which a run starts: a resumed run had other batches.
-        Only the trainer passes an epoch, so that generating from the training subset keeps its last batch too.
-        """
-        training = dataset is self.datasets.get(self.cfg.train_subset) and "epoch" in kwargs
-        if not training:
-            kwargs["required_batch_size_multiple"] = 1
-        if not training or kwargs.get("update_epoch_batch_itr"):
-            return super().get_batch_iterator(dataset, *args, **kwargs)
-        epoch, in_use = kwargs["epoch"], self.dataset_to_epoch_iter.get(dataset)
-        iterator = super().get_batch_iterator(dataset, *args, **{**kwargs, "epoch": 1})
-        if iterator is not in_use:
-            dataset.set_epoch(epoch)
-            iterator.epoch = max(epoch, 1)
-        return iterator
 
 
 def _check_energy_flags(cfg: EarmTranslationConfig) -> None:

@@ -1,0 +1,61 @@
+"""Sequences of text as the batches of an energy network."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from fairseq.data import FairseqDataset
+
+from fairseq_earm.sampling.blocks import Blocks
+
+
+class ResidualDataset(FairseqDataset):
+    """Blocks of text, the first `prefix_length` tokens of each given and the rest predicted.
+
+    A batch is {"id": (B,), "nsentences", "ntokens", "net_input": {"src_tokens": (B, L)}, "target": (B, L − prefix_length),
+    "split"}, the continuations being part of `src_tokens` too.
+    """
+
+    def __init__(self, blocks: Blocks, prefix_length: int, split: str):
+        self.blocks = blocks
+        self.prefix_length = prefix_length
+        self.split = split
+        self.sizes = blocks.sizes
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"id": int(index), "tokens": self.blocks[index]}
+
+    def collater(self, samples: list) -> dict:
+        if not samples:
+            return {}
+        tokens = torch.stack([sample["tokens"] for sample in samples])
+        return {
+            "id": torch.tensor([sample["id"] for sample in samples]),
+            "nsentences": tokens.size(0),
+            "ntokens": tokens.numel(),
+            "net_input": {"src_tokens": tokens},
+            "target": tokens[:, self.prefix_length :],
+            "split": self.split,
+        }
+
+    def num_tokens(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    def size(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    def num_tokens_vec(self, indices) -> np.ndarray:
+        return self.sizes[indices]
+
+    def ordered_indices(self) -> np.ndarray:
+        """Shuffled, as fairseq shuffles text of one length: neighbours in the text do not share a batch."""
+        return np.random.permutation(len(self))
+
+    @property
+    def supports_prefetch(self) -> bool:
+        return self.blocks.supports_prefetch
+
+    def prefetch(self, indices) -> None:
+        self.blocks.prefetch(indices)
