@@ -20,6 +20,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "fairseq-earm-perplexity = fairseq_earm.cli.perplexity:main",
             "fairseq-earm-sample = fairseq_earm.cli.sample:main",
             "fairseq-earm-tune = fairseq_earm.cli.tune:main",
         ]

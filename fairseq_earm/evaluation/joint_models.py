@@ -5,6 +5,7 @@ from typing import Callable, Optional
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.evaluation.residual import LastToken
@@ -47,7 +48,7 @@ class LanguageJoint:
         generator = torch.Generator(device=item.device)
         generator.manual_seed(seed)
         energies = []
-        for count in chunk_sizes(samples, self.chunk):
+        for count in _progress(chunk_sizes(samples, self.chunk)):
             drawn = sampler(self.base, given, count, generator=generator)
             energies.append(self.energies(prefix_continuation(given, drawn.tokens)))
         return torch.cat(energies)
@@ -105,7 +106,7 @@ class TranslationJoint:
         inputs, energies = item["net_input"], []
         # This sampler draws from a stream seeded by the global state, which it restores.
         with torch.random.fork_rng():
-            for number, count in enumerate(chunk_sizes(samples, self.chunk)):
+            for number, count in enumerate(_progress(chunk_sizes(samples, self.chunk))):
                 torch.manual_seed(seed + number)
                 drawn = self.sampler(self.base, inputs, negatives=count)
                 energies.append(self.energies(inputs, drawn.tokens, drawn.mask))
@@ -132,6 +133,11 @@ def network_energies(network, pad: int, shift: int) -> Callable[[dict, Tensor, T
         return network(source_target(net_input["src_tokens"], tokens, pad=pad, shift=shift))
 
     return energies
+
+
+def _progress(chunks: list):
+    """A bar below that of the sequences, where one of them takes long."""
+    return tqdm(chunks, desc="samples", unit="batch", position=1, leave=False, delay=5, disable=None)
 
 
 def chunk_sizes(total: int, chunk: int) -> list:
