@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fairseq_earm"
-FLOORS = {"ebm": 1, "sampling": 2, "models": 2, "criterions": 3, "tasks": 3, "reranking": 3, "evaluation": 3, "cli": 4}
-# Rooms that may know one beside them: tasks wrap their generator with the reranker, RALM loads its base as samplers do.
-NEIGHBOURS = {("tasks", "reranking"), ("models", "sampling")}
+FLOORS = {
+    "ebm": 1, "sampling": 2, "models": 2, "criterions": 3, "tasks": 3, "reranking": 3, "joint_generation": 3, "evaluation": 3, "cli": 4,
+}
+# Rooms that may know one beside them: tasks wrap or build their generator, RALM loads its base as samplers do.
+NEIGHBOURS = {("tasks", "reranking"), ("tasks", "joint_generation"), ("models", "sampling")}
 ANYWHERE = {"errors", "compat"}
 
 

@@ -8,7 +8,7 @@ import torch
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import get_available_dataset_impl
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import FairseqTask, register_task
 from fairseq.tasks.language_modeling import SAMPLE_BREAK_MODE_CHOICES
 from omegaconf import II
@@ -20,6 +20,7 @@ from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.layout import prefix_continuation
 from fairseq_earm.sampling.store import SampleStore
 from fairseq_earm.tasks.batching import ExactBatches
+from fairseq_earm.tasks.joint_sampling import JointSampling, JointSamplingConfig
 from fairseq_earm.tasks.negatives import (
     DTYPES,
     BaseDtype,
@@ -36,7 +37,7 @@ ONLINE = "online"
 
 
 @dataclass
-class ResidualLanguageModelingConfig(FairseqDataclass):
+class ResidualLanguageModelingConfig(JointSamplingConfig):
     """What `--task residual_language_modeling` takes."""
 
     data: Optional[str] = field(default=None, metadata={"help": "folder of text binarised with the base model's dictionary"})
@@ -75,7 +76,7 @@ class ResidualLanguageModelingConfig(FairseqDataclass):
 
 
 @register_task("residual_language_modeling", dataclass=ResidualLanguageModelingConfig)
-class ResidualLanguageModelingTask(ExactBatches, FairseqTask):
+class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
     """Text in sequences of one length, and continuations of their prefixes from a frozen base model.
 
     The base model is in no checkpoint and no optimizer; it is loaded for training only.
