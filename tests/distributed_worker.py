@@ -2,7 +2,7 @@
 
     torchrun ... distributed_worker.py FOLDER PLUGIN [arguments of fairseq-train]
 
-On the second worker the loss of update 3 is NaN.
+On the second worker the loss of update 3 is NaN. `--ddp-backend fully_sharded` runs on CPU, see `fairscale_on_cpu`.
 """
 import math
 import os
@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import fairscale_on_cpu
 import torch
 from fairseq import utils
 from fairseq.trainer import Trainer
@@ -21,7 +22,6 @@ def main(folder, plugin):
     utils.import_user_module(Namespace(user_dir=plugin))
     from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
     from fairseq_earm.sampling.ancestral import AncestralSampler
-    from fairscale_on_cpu import run_on_cpu
 
     rank, drawn, trainers = int(os.environ["RANK"]), 0, set()
     sample, forward, train_step = AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step
@@ -42,7 +42,7 @@ def main(folder, plugin):
 
     AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step = counted, spoilt, remembered
     if "fully_sharded" in sys.argv:
-        run_on_cpu()
+        fairscale_on_cpu.install()
     cli_main()
     [trainer] = trainers
     torch.save({"weights": trainer.get_model().state_dict(), "drawn": drawn}, folder / f"{rank}.pt")

@@ -11,6 +11,9 @@ class NoStream:
     def wait_stream(self, stream):
         pass
 
+    def synchronize(self):
+        pass
+
 
 def reduce_scatter(output, contributions, group):
     """The sum of all workers' contributions, cut into as many pieces as there are workers: this worker's piece."""
@@ -19,7 +22,7 @@ def reduce_scatter(output, contributions, group):
     output.copy_(total.chunk(group.size())[group.rank()].view_as(output))
 
 
-def run_on_cpu():
+def install():
     """Have fairscale, and fairseq's trainer where it shards, run on CPU in this process. All else is the real code."""
     from fairscale.nn.data_parallel import fully_sharded_data_parallel as sharded
 

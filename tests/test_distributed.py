@@ -11,6 +11,7 @@ import pytest
 import torch
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from fairseq.distributed import ModuleProxyWrapper
+from fairseq.modules import LayerDropModuleList
 from omegaconf import OmegaConf
 
 from fairseq_earm.sampling import isolation
@@ -39,13 +40,20 @@ def run_workers(folder, arguments):
     return printed
 
 
+def train_on_two(tiny, folder, *backend):
+    """What two workers printed and left behind after an epoch that uses E-ARM from its second update on.
+
+    By plain gradient descent: Adam makes rounding errors as large as it likes.
+    """
+    earm = ["--criterion", "earm_cross_entropy", "--earm-start-update", 1, "--earm-weight", 0.5]
+    flags = [*earm, "--optimizer", "sgd", "--lr", 0.3, "--ddp-backend", *backend, *EPOCH, *WORKERS]
+    printed = run_workers(folder, train_arguments(tiny, folder / "out", *flags))
+    return printed, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
 @pytest.fixture(scope="module")
 def workers(tiny, tmp_path_factory):
-    """What two workers printed and left behind after an epoch that uses E-ARM from its second update on."""
-    folder = tmp_path_factory.mktemp("workers")
-    earm = ["--criterion", "earm_cross_entropy", "--earm-start-update", 1, "--ddp-backend", "legacy_ddp"]
-    printed = run_workers(folder, train_arguments(tiny, folder / "out", *earm, *EPOCH, *WORKERS))
-    return printed, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return train_on_two(tiny, tmp_path_factory.mktemp("workers"), "legacy_ddp")
 
 
 def test_workers_end_with_equal_finite_weights(workers):
@@ -70,14 +78,29 @@ def test_one_workers_bad_loss_makes_all_skip(workers):
     assert workers[0].count("update skipped (1 skipped so far)") == 2
 
 
-def gradients(model, wrapped, rank, path):
+def test_sharded_workers_learn_the_same(tiny, workers, tmp_path):
+    pytest.importorskip("fairscale", reason="--ddp-backend fully_sharded needs fairscale, which is not installed")
+    printed, left = train_on_two(tiny, tmp_path, "fully_sharded", "--min-params-to-wrap", 1)
+    assert printed.count("update skipped (1 skipped so far)") == 2
+    assert [worker["drawn"] for worker in left] == [6, 6]
+    expected, found = workers[1][0]["weights"], left[0]["weights"]
+    assert expected.keys() == found.keys()
+    for name, weight in used_weights(expected).items():
+        assert torch.allclose(weight, found[name], rtol=0, atol=1e-5), name
+    # The checkpoint is a plain one.
+    [model] = load_model_ensemble_and_task([str(tmp_path / "out" / "checkpoint_last.pt")])[0]
+    saved = used_weights(model.state_dict())
+    assert all(torch.equal(weight, saved[name]) for name, weight in used_weights(found).items())
+
+
+def gradients(model, wrapped, rank, path, seed=1):
     """The mean loss's gradient on one worker's share of the test sentences, at the same seed on all."""
     task = load_model_ensemble_and_task([str(path)])[2]
     task.load_dataset("test")
     batch = task.dataset("test").collater([task.dataset("test")[i] for i in range(3 * rank, 3 * rank + 3)])
     flags = {"earm_start_update": 0, "earm_energy_steps": "post", "sentence_avg": False, "max_epoch": 0, "max_update": 0}
     criterion = task.build_criterion(OmegaConf.create({"_name": "earm_cross_entropy", **flags}))
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     criterion(wrapped.train(), batch)[0].backward()
     used = used_weights(dict(model.named_parameters()))
     return {name: parameter.grad.clone() for name, parameter in used.items()}
@@ -104,6 +127,10 @@ def wrapped_worker(rank, folder, path):
     unused = len(used_weights(dict(model.named_parameters()))) < len(list(model.parameters()))
     wrapped = ModuleProxyWrapper(torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused))
     found = {"gradients": gradients(model, wrapped, rank, path), "negatives": negatives(wrapped, path)}
+    # The one decoder layer is left out of the data's pass, of the negatives', of both or of none.
+    model.decoder.layers = LayerDropModuleList(0.5, model.decoder.layers)
+    dropping = ModuleProxyWrapper(torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True))
+    found["with dropped layers"] = [gradients(model, dropping, rank, path, seed) for seed in range(6)]
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
 
@@ -130,6 +157,11 @@ def test_torchs_wrapper_averages_both_phases(tiny, wrapped, monkeypatch):
     for together in wrapped:
         for name, gradient in together["gradients"].items():
             assert torch.allclose(gradient, (alone[0][name] + alone[1][name]) / 2, rtol=1e-9, atol=1e-12), name
+
+
+def test_torchs_wrapper_knows_of_layers_that_only_negatives_pass(wrapped):
+    first, second = (found["with dropped layers"] for found in wrapped)
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(first, second) for name in one)
 
 
 def test_workers_draw_different_negatives(tiny, wrapped):

@@ -89,13 +89,6 @@ def test_models_and_batches_without_energies_are_refused():
         assert EarmCrossEntropyCriterion(task, config()).sampler.max_len_b == config().earm_max_len_b
 
 
-def test_sharded_models_are_refused():
-    model = tiny_model().train()
-    model.summon_full_params = None
-    with pytest.raises(UsageError, match="--ddp-backend fully_sharded"):
-        build(model)(model, batch(model))
-
-
 def test_tasks_with_positions_per_language_pair_are_taken():
     task = Task(tiny_model().decoder.dictionary, positions={"de-en": (64, 64)})
     assert EarmCrossEntropyCriterion(task, config()).sampler.max_len_b == config().earm_max_len_b
