@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Dict, List, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from fairseq.search import Sampling
@@ -43,13 +43,20 @@ class EnergyReranker:
             probability proportional to μ^weight: the first is the draw of Algorithm 1 (Deng et al. 2020), exact in the
             limit of many candidates drawn from q. With top-k, top-p or a temperature, q is that proposal, as there.
         energy_step: "last" reads log μ at the last token's step, "post" one step after it.
+        log_weight: what takes the place of log μ, −E of an energy network for one: (the batch's `net_input`, hypotheses of
+            its sentences) → (R,) of every hypothesis, sentence after sentence, in nats. `energy_step` is not used then.
     Raises:
-        UsageError: a model without plain logits, a generator that has no candidates to choose from.
+        UsageError: a model without plain logits to read log μ from, a generator that has no candidates to choose from.
     """
 
-    def __init__(self, generator, models: Sequence, *, weight: float = 1.0, select: str = "best", energy_step: str = "last"):
-        _check_models(models)
+    def __init__(
+        self, generator, models: Sequence, *, weight: float = 1.0, select: str = "best", energy_step: str = "last",
+        log_weight: Optional[Callable[[dict, Hypotheses], Tensor]] = None,
+    ):
+        if log_weight is None:
+            _check_models(models)
         _check_candidates(generator, select)
+        self.log_weight = log_weight
         self.generator = generator
         self.weight = weight
         self.select = select
@@ -59,7 +66,9 @@ class EnergyReranker:
         self._random = torch.Generator().manual_seed(torch.initial_seed())
         self._non_finite = 0
         # fairseq-earm-tune reads this line: with it, log μ can be told from the printed scores.
-        settings = {"energy_weight": weight, "lenpen": self.lenpen, "select": str(select), "energy_step": str(energy_step)}
+        settings = {"energy_weight": weight, "lenpen": self.lenpen, "select": str(select)}
+        if log_weight is None:
+            settings["energy_step"] = str(energy_step)
         logger.info("energy reranking: %s", json.dumps(settings))
 
     def __getattr__(self, name: str):
@@ -71,7 +80,10 @@ class EnergyReranker:
     def generate(self, models: Sequence, sample: dict, **kwargs) -> Hypotheses:
         """Generate as the wrapped generator does, with its keyword arguments, and put its hypotheses in the new order."""
         hypotheses = self.generator.generate(models, sample, **kwargs)
-        log_mu = candidate_log_mu(models, sample["net_input"], hypotheses, energy_step=self.energy_step)
+        if self.log_weight is not None:
+            log_mu = self.log_weight(sample["net_input"], hypotheses)
+        else:
+            log_mu = candidate_log_mu(models, sample["net_input"], hypotheses, energy_step=self.energy_step)
         self._warn_of_non_finite(log_mu)
         counts = [len(candidates) for candidates in hypotheses]
         return [self._reorder(candidates, mu) for candidates, mu in zip(hypotheses, log_mu.split(counts))]
@@ -97,7 +109,7 @@ class EnergyReranker:
         self._non_finite += count
         if count:
             logger.warning(
-                "log mu of %d of %d candidates is not finite (%d so far): they are put last", count, log_mu.numel(), self._non_finite
+                "the energy of %d of %d candidates is not finite (%d so far): they are put last", count, log_mu.numel(), self._non_finite
             )
 
 
@@ -160,12 +172,12 @@ def _check_models(models: Sequence) -> None:
 
 def _check_candidates(generator, select: str) -> None:
     if not hasattr(generator, "beam_size"):
-        raise UsageError("--energy-rerank has no candidates to order under --score-reference: leave one of the two out")
+        raise UsageError("reranking by energy has no candidates to order under --score-reference: leave one of the two out")
     beam = generator.beam_size
     if select == "resample" and beam == 1:
         raise UsageError("--energy-select resample has nothing to draw from with --beam 1: give --beam 2 or more")
     if beam == 1:
-        logger.warning("--energy-rerank with --beam 1 has one candidate per sentence: it changes scores, not translations")
+        logger.warning("reranking by energy with --beam 1 has one candidate per sentence: it changes scores, not translations")
     if select == "resample" and not isinstance(generator.search, Sampling):
         logger.warning(
             "--energy-select resample with beam search: beam candidates are not draws from the model, so the choice does "

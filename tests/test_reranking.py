@@ -113,7 +113,7 @@ def test_candidates_without_finite_energy_come_last_and_are_counted(models, dict
             assert sorted(order[:2]) == sorted(stock[i]["tokens"].tolist() for i in (1, 3))
             if select == "best":
                 assert order[2:] == [stock[i]["tokens"].tolist() for i in (0, 2)]
-        assert [r.message for r in caplog.records] == ["log mu of 2 of 4 candidates is not finite (4 so far): they are put last"]
+        assert [r.message for r in caplog.records] == ["the energy of 2 of 4 candidates is not finite (4 so far): they are put last"]
 
 
 def chi_square(counts, expected):

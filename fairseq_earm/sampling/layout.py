@@ -25,7 +25,8 @@ def prefix_continuation(prefix: Tensor, continuation: Tensor, sources: Optional[
 
 
 def source_target(
-    src_tokens: Tensor, target: Tensor, sources: Optional[Tensor] = None, *, pad: int, shift: int = 0
+    src_tokens: Tensor, target: Tensor, sources: Optional[Tensor] = None, *, pad: int, shift: int = 0,
+    longest: Optional[int] = None,
 ) -> Tensor:
     """(R, L) source sentences and what translates them, one right behind the other, right-padded to the longest.
 
@@ -35,6 +36,7 @@ def source_target(
         sources: (R,) row of `src_tokens` that each translation belongs to; by default as for `prefix_continuation`.
         pad: index of padding in both.
         shift: added to the target's tokens, see `joint_dictionary`.
+        longest: most tokens that the network reads; what comes behind them is left out.
     """
     if sources is None:
         sources = _in_order(src_tokens.size(0), target)
@@ -43,8 +45,8 @@ def source_target(
     inside = tokens.ne(pad)
     # Padding goes to the end, and what is left keeps its order.
     order = (~inside).long().sort(dim=1, stable=True).indices
-    longest = int(inside.sum(1).max()) if inside.numel() else 0
-    return tokens.gather(1, order)[:, :longest]
+    length = int(inside.sum(1).max()) if inside.numel() else 0
+    return tokens.gather(1, order)[:, : length if longest is None else min(length, longest)]
 
 
 def joint_dictionary(source: Dictionary, target: Dictionary) -> tuple:

@@ -1,17 +1,13 @@
 """Translation whose candidates may be ordered by the model's own energy, and which loses no sentence in evaluation."""
-import logging
-import math
 from dataclasses import dataclass, field
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from fairseq_earm.errors import UsageError
 from fairseq_earm.reranking import EnergyReranker
 from fairseq_earm.tasks.batching import ExactBatches
-
-logger = logging.getLogger(__name__)
+from fairseq_earm.tasks.checks import check_energy_flags
 
 
 @dataclass
@@ -53,7 +49,7 @@ class EarmTranslationTask(ExactBatches, TranslationTask):
 
     def __init__(self, cfg: EarmTranslationConfig, src_dict, tgt_dict):
         super().__init__(cfg, src_dict, tgt_dict)
-        _check_energy_flags(cfg)
+        check_energy_flags(cfg, cfg.energy_rerank, "--energy-rerank")
 
     def build_generator(self, models, args, *rest, **kwargs):
         """The stock generator, wrapped in an `EnergyReranker` under `--energy-rerank`."""
@@ -67,14 +63,3 @@ class EarmTranslationTask(ExactBatches, TranslationTask):
             select=self.cfg.energy_select,
             energy_step=self.cfg.energy_step,
         )
-
-
-def _check_energy_flags(cfg: EarmTranslationConfig) -> None:
-    if not (math.isfinite(cfg.energy_weight) and cfg.energy_weight >= 0):
-        raise UsageError(f"--energy-weight {cfg.energy_weight} is not a finite number of 0 or more: give one, or leave it out")
-    if cfg.energy_rerank:
-        return
-    defaults = {"energy_weight": 1.0, "energy_select": "best", "energy_step": "last"}
-    idle = [f"--{name.replace('_', '-')} {cfg[name]}" for name, value in defaults.items() if cfg[name] != value]
-    if idle:
-        logger.warning("%s without --energy-rerank: no effect", ", ".join(idle))

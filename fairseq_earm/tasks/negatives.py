@@ -1,7 +1,6 @@
 """Where tasks take negatives from: a frozen base model, or samples drawn from it beforehand."""
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -80,15 +79,3 @@ def own_random_numbers(seed: int, device: torch.device):
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def check_proposal(temperature: float, topk: int, topp: float) -> None:
-    """Refuse settings of the base's softmax that cannot be sampled from (UsageError)."""
-    if not 0 < temperature < math.inf:
-        raise UsageError(f"--negatives-temperature {temperature}: give a finite number above 0")
-    if topk != -1 and topk < 1:
-        raise UsageError(f"--negatives-topk {topk}: give at least 1, or -1 for all tokens")
-    if topp != -1 and not 0 < topp <= 1:
-        raise UsageError(f"--negatives-topp {topp}: give a probability above 0, or -1 for all tokens")
-    if topk != -1 and topp != -1:
-        raise UsageError(f"--negatives-topk {topk} and --negatives-topp {topp}: give one of the two")

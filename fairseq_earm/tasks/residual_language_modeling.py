@@ -21,14 +21,8 @@ from fairseq_earm.sampling.layout import prefix_continuation
 from fairseq_earm.sampling.store import SampleStore
 from fairseq_earm.tasks.batching import ExactBatches
 from fairseq_earm.tasks.joint_sampling import JointSampling, JointSamplingConfig
-from fairseq_earm.tasks.negatives import (
-    DTYPES,
-    BaseDtype,
-    OnlineContinuations,
-    StoredContinuations,
-    check_proposal,
-    draw_seed,
-)
+from fairseq_earm.tasks.checks import check_energy_network, check_proposal
+from fairseq_earm.tasks.negatives import DTYPES, BaseDtype, OnlineContinuations, StoredContinuations, draw_seed
 from fairseq_earm.tasks.residual_data import ResidualDataset
 
 logger = logging.getLogger(__name__)
@@ -90,7 +84,7 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
     def __init__(self, cfg, dictionary):
         super().__init__(cfg)
         _check_lengths(cfg)
-        check_proposal(cfg.negatives_temperature, cfg.negatives_topk, cfg.negatives_topp)
+        check_proposal(cfg.negatives_temperature, cfg.negatives_topk, cfg.negatives_topp, symbols=len(dictionary))
         self.dictionary = dictionary
         self.energy_pad = dictionary.pad()
         self.source = None  # of negatives, in training
@@ -130,13 +124,15 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
         self.source.add(split, store, self.count)
 
     def build_model(self, cfg, from_checkpoint=False):
-        """The stock method; a network that is to be trained must have a position for every token."""
+        """The stock method; what is to be trained must be an energy network with a position for every token."""
         model = super().build_model(cfg, from_checkpoint)
-        positions = model.max_positions()
-        if not from_checkpoint and positions is not None and self.cfg.sequence_length > positions:
+        if from_checkpoint:
+            return model
+        check_energy_network(model)
+        if self.cfg.sequence_length > model.max_positions():
             raise UsageError(
-                f"--sequence-length {self.cfg.sequence_length}: the energy network reads {positions} tokens at most; give a "
-                "smaller length, or a larger --max-positions"
+                f"--sequence-length {self.cfg.sequence_length}: the energy network reads {model.max_positions()} tokens at most; "
+                "give a smaller length, or a larger --max-positions"
             )
         return model
 

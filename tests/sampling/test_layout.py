@@ -43,6 +43,9 @@ def test_targets_follow_their_sources_without_a_gap(left, left_target):
     assert source_target(source, target, pad=PAD).tolist() == expected.tolist()
     shifted = source_target(source, target, pad=PAD, shift=10)
     assert shifted.tolist() == rows([4, 5, EOS, 17, 12], [4, 5, EOS, 12], [6, EOS, 14, 14, 12], [6, EOS, 15]).tolist()
+    for longest in (1, 3, 5, 9):
+        cut = source_target(source, target, pad=PAD, longest=longest)
+        assert cut.tolist() == expected[:, :longest].tolist()
 
 
 def test_no_target_at_all():

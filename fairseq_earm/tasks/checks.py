@@ -1,0 +1,48 @@
+"""What tasks check before any work, and share."""
+import logging
+import math
+
+from fairseq_earm.errors import UsageError
+from fairseq_earm.models.energy_transformer import EnergyModel
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {"energy_weight": 1.0, "energy_select": "best", "energy_step": "last"}
+
+
+def check_energy_flags(cfg, active: bool, flag: str) -> None:
+    """Refuse a weight that cannot be, and say which flags have no effect.
+
+    Args:
+        cfg: the task's configuration; it may lack `energy_step`.
+        active: whether candidates are reranked.
+        flag: the flag that turns reranking on.
+    Raises:
+        UsageError: an energy weight that is negative or not finite.
+    """
+    if not (math.isfinite(cfg.energy_weight) and cfg.energy_weight >= 0):
+        raise UsageError(f"--energy-weight {cfg.energy_weight} is not a finite number of 0 or more: give one, or leave it out")
+    given = {name: getattr(cfg, name, default) for name, default in DEFAULTS.items()}
+    idle = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != DEFAULTS[name]]
+    if idle and not active:
+        logger.warning("%s without %s: no effect", ", ".join(idle), flag)
+
+
+def check_proposal(temperature: float, topk: int, topp: float, *, symbols: int) -> None:
+    """Refuse settings of the base's softmax over so many symbols that cannot be sampled from (UsageError)."""
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"--negatives-temperature {temperature}: give a finite number above 0")
+    if topk != -1 and not 1 <= topk <= symbols:
+        raise UsageError(f"--negatives-topk {topk}: give 1 to {symbols}, the size of the dictionary, or -1 for all tokens")
+    if topp != -1 and not 0 < topp <= 1:
+        raise UsageError(f"--negatives-topp {topp}: give a probability above 0, or -1 for all tokens")
+    if topk != -1 and topp != -1:
+        raise UsageError(f"--negatives-topk {topk} and --negatives-topp {topp}: give one of the two")
+
+
+def check_energy_network(model) -> None:
+    """Refuse to train what has no energy (UsageError)."""
+    if not isinstance(model, EnergyModel):
+        raise UsageError(
+            f"--arch: {type(model).__name__} is no energy network; give one such as bit_base or unit, with --criterion residual_nce"
+        )
