@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import numpy as np
 import torch
 from fairseq.data import Dictionary
+from torch import Tensor
 from tqdm import tqdm
 
 from fairseq_earm.errors import UsageError
@@ -44,13 +45,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # Loaded before anything is written: a model that will not do leaves nothing behind.
     model = _model(args, dictionary, device) if writer.missing() else None
     with writer:
-        _draw(args, writer, blocks, model, dictionary, device)
+        _draw_missing(writer, blocks, _continue(args, model, dictionary, device))
         writer.finish()
     prefixes = len(shard_sequences(settings))
-    print(
-        f"{writer.prefix}: {args.samples} samples for each of {prefixes:,} prefixes ({blocks.skipped:,} sequences of the text "
-        "were too short)"
-    )
+    print(f"{writer.prefix}: {args.samples} samples for each of {prefixes:,} prefixes; {blocks.skipped:,} shorter sequences skipped")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,32 +146,46 @@ def _model(args: argparse.Namespace, dictionary: Dictionary, device: torch.devic
     return load_base_lm(args.path, data, flag="--path", sequence_length=args.sequence_length, dtype=dtype).to(device).model
 
 
-def _draw(args: argparse.Namespace, writer: StoreWriter, blocks: Blocks, model, dictionary: Dictionary, device: torch.device) -> None:
-    """Draw every chunk that is missing, each from random numbers of its own."""
-    missing = writer.missing()
-    total = len(shard_sequences(writer.settings)) * args.samples
-    there = total - sum(len(writer.chunk(first)) for first in missing) * args.samples
+def _continue(args: argparse.Namespace, model, dictionary: Dictionary, device: torch.device) -> Callable[[Tensor, int], Tensor]:
+    """A function (prefixes (B, P), number of the first) → (B · N, T) tokens, with random numbers of each batch's own."""
     sampler = ContinuationSampler(
         dictionary, args.sequence_length - args.prefix_length,
         temperature=args.temperature, topk=args.sampling_topk, topp=args.sampling_topp,
     )
+
+    def draw(prefixes: Tensor, first: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(_seed(args.seed, first))
+        try:
+            drawn = sampler(model, prefixes.to(device), args.samples, generator=generator)
+        except torch.cuda.OutOfMemoryError:
+            raise UsageError(
+                f"--batch-size {args.batch_size}: {args.batch_size} times --samples {args.samples} rows do not fit on the GPU; "
+                "give a smaller one"
+            ) from None
+        if not drawn.log_q.isfinite().all():
+            raise UsageError(
+                f"--path {args.path}: under --dtype {args.dtype} its probabilities are no numbers; try float32, or another checkpoint"
+            )
+        return drawn.tokens
+
+    return draw
+
+
+def _draw_missing(writer: StoreWriter, blocks: Blocks, draw: Callable[[Tensor, int], Tensor]) -> None:
+    """Draw and keep every chunk that is not there yet."""
+    settings, missing = writer.settings, writer.missing()
+    total = len(shard_sequences(settings)) * settings["samples"]
+    there = total - sum(len(writer.chunk(first)) for first in missing) * settings["samples"]
     with tqdm(desc=writer.prefix, total=total, initial=there, unit=" samples", disable=None) as progress:
         for first in missing:
             sequences = writer.chunk(first)
             if blocks.supports_prefetch:
                 blocks.prefetch(sequences)
-            prefixes = torch.stack([blocks[index] for index in sequences])[:, : args.prefix_length].to(device)
-            generator = torch.Generator(device).manual_seed(_seed(args.seed, first))
-            drawn = sampler(model, prefixes, args.samples, generator=generator)
-            if not drawn.log_q.isfinite().all():
-                raise UsageError(
-                    f"--path {args.path} gives probabilities that are no numbers under --dtype {args.dtype}: try float32, or "
-                    "another checkpoint"
-                )
-            writer.add(first, drawn.tokens)
-            progress.update(drawn.tokens.size(0))
+            tokens = draw(torch.stack([blocks[index] for index in sequences])[:, : settings["prefix_length"]], first)
+            writer.add(first, tokens)
+            progress.update(tokens.size(0))
 
 
 def _seed(seed: int, first: int) -> int:
-    """Seed of the chunk that begins with sequence `first`, which no other chunk nor another --seed shares."""
+    """Seed of the chunk that begins with sequence `first`: a hash of both, so that seeds and chunks do not overlap."""
     return int(np.random.SeedSequence([seed, first]).generate_state(1, np.uint64)[0])

@@ -173,7 +173,7 @@ def open_shard(prefix: str, record: dict, dictionary_size: int) -> MMapIndexedDa
     _check_file(f"{prefix}.idx", 26 + 12 * items, record["idx_crc32"])
     try:
         shard = MMapIndexedDataset(prefix)
-    except (AssertionError, KeyError, ValueError, struct.error) as error:
+    except (AssertionError, KeyError, OverflowError, ValueError, struct.error) as error:
         raise UsageError(f"{prefix}.idx is no index of fairseq's format mmap: make the samples again") from error
     if len(shard) != items or (shard.sizes != length).any():
         raise UsageError(f"{prefix}.idx does not list {items} items of {length} tokens: make the samples again")
@@ -271,11 +271,11 @@ def _records(path: str, flag: str) -> List[dict]:
         raise UsageError(f"{flag} {path}: these samples {remedy}")
     if len(counts) > 1:
         raise UsageError(f"{flag} {path}: there are samples in {counts[0]} and in {counts[1]} shards: delete those not wanted")
-    missing = [shard for shard in range(counts[0]) if (shard, counts[0]) not in numbers]
-    if missing:
+    missing = next((shard for shard in range(counts[0]) if (shard, counts[0]) not in numbers), None)
+    if missing is not None:
         raise UsageError(
-            f"{flag} {path}: shard {missing[0]} of {counts[0]} is missing: run fairseq-earm-sample with "
-            f"--num-shards {counts[0]} --shard-id {missing[0]}"
+            f"{flag} {path}: shard {missing} of {counts[0]} is missing: run fairseq-earm-sample with "
+            f"--num-shards {counts[0]} --shard-id {missing}"
         )
     names = [shard_prefix(path, counts[0], shard) + ".json" for shard in range(counts[0])]
     records = [read_record(name) for name in names]
@@ -293,7 +293,7 @@ def _shards_found(path: str) -> set:
     """(shard, number of shards) of every record on disk."""
     found = {(0, 1)} if os.path.isfile(f"{path}.json") else set()
     folder, name = os.path.split(path)
-    pattern = re.compile(re.escape(name) + r"\.shard(\d{1,9})of(\d{1,9})\.json")
+    pattern = re.compile(re.escape(name) + r"\.shard([0-9]{1,9})of([1-9][0-9]{0,8})\.json")
     if os.path.isdir(folder or "."):
         matches = map(pattern.fullmatch, os.listdir(folder or "."))
         found |= {(int(match.group(1)), int(match.group(2))) for match in matches if match}

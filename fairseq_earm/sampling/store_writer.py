@@ -48,7 +48,6 @@ class StoreWriter:
         self._checkpoint = checkpoint
         self._dtype = best_fitting_int_dtype(dictionary_size)
         self._folder = f"{self.prefix}.parts"
-        self._lock = None
         if self.finished:
             record = store.read_record(f"{self.prefix}.json")
             self._check_same(record, f"{self.prefix}.json")
@@ -75,19 +74,19 @@ class StoreWriter:
                 raise UsageError(f"--output {self.prefix}: {path} exists and is no unfinished work of this command: give another name")
 
     def __enter__(self) -> "StoreWriter":
-        with self._clear_errors():
+        with self._clear_errors(), contextlib.ExitStack() as stack:
             os.makedirs(self._folder, exist_ok=True)
-            self._lock = open(self._inside("lock"), "w")
+            lock = stack.enter_context(open(self._inside("lock"), "w"))
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self._lock.close()
                 raise UsageError(f"--output {self.prefix}: another process is writing it: wait for it, or end it") from None
             self._write("settings.json", lambda file: file.write(_json(self.settings)))
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *_) -> None:
-        self._lock.close()
+        self._held.close()
 
     def missing(self) -> List[int]:
         """First sequence of each chunk that is yet to be drawn. A part of the wrong size counts as none."""
