@@ -60,15 +60,16 @@ download() {
     mv "$2.part" "$2"
 }
 
-# apply_bpe MERGES SOURCE TARGET: joint byte-pair codes of WORK/tok/train, applied to all of WORK/tok, into WORK/text.
+# apply_bpe MERGES LANG...: byte-pair codes of WORK/tok/train in all languages, applied to all of WORK/tok, into WORK/text.
 apply_bpe() {
-    local split lang
+    local merges="$1" split lang
+    shift
     mkdir -p "$WORK/text"
-    echo "learning $1 merges"
-    cat "$WORK/tok/train.$2" "$WORK/tok/train.$3" | subword-nmt learn-bpe -s "$1" > "$WORK/text/codes" 2> "$WORK/bpe.log" \
+    echo "learning $merges merges"
+    for lang in "$@"; do cat "$WORK/tok/train.$lang"; done | subword-nmt learn-bpe -s "$merges" > "$WORK/text/codes" 2> "$WORK/bpe.log" \
         || { tail -3 "$WORK/bpe.log" >&2; fail "subword-nmt learn-bpe failed"; }
     for split in train valid test; do
-        for lang in "$2" "$3"; do
+        for lang in "$@"; do
             subword-nmt apply-bpe -c "$WORK/text/codes" < "$WORK/tok/$split.$lang" > "$WORK/text/$split.$lang"
         done
     done
@@ -78,11 +79,30 @@ apply_bpe() {
 binarise() {
     local source="$1" target="$2"
     shift 2
-    echo "binarising"
-    fairseq-preprocess -s "$source" -t "$target" --destdir "$WORK/bin" --workers "$WORKERS" \
-        --trainpref "$WORK/text/train" --validpref "$WORK/text/valid" --testpref "$WORK/text/test" "$@" > "$WORK/preprocess.log" 2>&1 \
-        || { tail -3 "$WORK/preprocess.log" >&2; fail "fairseq-preprocess failed"; }
+    preprocess "" -s "$source" -t "$target" "$@"
     text check "$WORK" --langs "$source" "$target"
+    publish
+}
+
+# binarise_text LANG [OPTIONS]: the same for text in one language, WORK/text/{train,valid,test}.LANG.
+binarise_text() {
+    local lang="$1"
+    shift
+    preprocess ".$lang" --only-source "$@"
+    text check "$WORK" --langs "$lang"
+    publish
+}
+
+preprocess() {
+    local ending="$1"
+    shift
+    echo "binarising"
+    fairseq-preprocess --destdir "$WORK/bin" --workers "$WORKERS" --trainpref "$WORK/text/train$ending" \
+        --validpref "$WORK/text/valid$ending" --testpref "$WORK/text/test$ending" "$@" > "$WORK/preprocess.log" 2>&1 \
+        || { tail -3 "$WORK/preprocess.log" >&2; fail "fairseq-preprocess failed"; }
+}
+
+publish() {
     touch "$WORK/text/.prepared" "$WORK/bin/.prepared"
     rm -rf "$OUT/text" "$OUT/bin"
     mv "$WORK/text" "$WORK/bin" "$OUT/"

@@ -5,6 +5,7 @@ Every output is written to FILE.part and renamed when complete, so that no half-
 """
 import argparse
 import contextlib
+import functools
 import gzip
 import hashlib
 import itertools
@@ -79,19 +80,24 @@ def collect(args):
             lang: write_lines(args.to / "{}.{}".format(split, lang), read_lines(source)) for lang, source in sources.items()})
 
 
-TOKENIZER = None
+TOKENIZE = None
 
 
-def start_tokenizer(lang):
-    global TOKENIZER  # one per worker process: building it costs more than sending it thousands of lines
-    from sacremoses import MosesTokenizer
-    TOKENIZER = MosesTokenizer(lang=lang)
+def start_tokenizer(lang, normalize, **options):
+    global TOKENIZE  # one per worker process: building it costs more than sending it thousands of lines
+    from sacremoses import MosesPunctNormalizer, MosesTokenizer
+    tokenizer, normalizer = MosesTokenizer(lang=lang), MosesPunctNormalizer(lang) if normalize else None
+
+    def tokenize_words(line):
+        return tokenizer.tokenize(normalizer.normalize(line) if normalize else line, **options)
+
+    TOKENIZE = tokenize_words
 
 
 def tokenize_line(job):
-    line, lower, escape = job
+    line, lower = job
     # split() also removes the odd separators (U+0085, U+2028, ...) at which later tools would break the line
-    line = " ".join(TOKENIZER.tokenize(" ".join(line.split()), escape=escape))
+    line = " ".join(TOKENIZE(" ".join(line.split())))
     return line.lower() if lower else line
 
 
@@ -102,8 +108,10 @@ def tokenize(args):
     except ImportError as error:
         raise InputError("{} (pip install sacremoses tqdm, or activate the environment that has them)".format(error))
     lines = list(read_lines(args.input))
-    jobs = ((line, args.lower, args.escape) for line in lines)
-    with multiprocessing.Pool(args.workers, start_tokenizer, (args.lang,)) as pool:
+    jobs = ((line, args.lower) for line in lines)
+    options = {"escape": args.escape, "aggressive_dash_splits": args.split_hyphens}
+    start = functools.partial(start_tokenizer, args.lang, args.normalize, **options)
+    with multiprocessing.Pool(args.workers, start) as pool:
         done = pool.imap(tokenize_line, jobs, chunksize=200)
         write_lines(args.output, tqdm(done, total=len(lines), desc="tokenise {}".format(args.input.name), disable=None))
 
@@ -126,6 +134,11 @@ def write_pairs(prefix, langs, pairs):
 def is_clean(pair, longest, ratio):
     one, other = sorted(len(side.split()) for side in pair)
     return 1 <= one and other <= longest and other <= ratio * one
+
+
+def head(args):
+    """The first lines of a text."""
+    require_equal(args.input.name, {"lines": write_lines(args.output, itertools.islice(read_lines(args.input), args.lines))})
 
 
 def clean(args):
@@ -225,22 +238,22 @@ def indexed_sentences(path):
 
 def check(args):
     """Every split has as many sentences in each language as text and as fairseq's binary data."""
-    pair = "-".join(args.langs)
+    pair = ".{}.".format("-".join(args.langs)) if len(args.langs) > 1 else None
     for split in SPLITS:
         counts = {}
         for lang in args.langs:
             counts[lang] = sum(1 for _ in read_lines(args.folder / "text" / "{}.{}".format(split, lang)))
-            name = "{}.{}.{}".format(split, pair, lang)
+            name = split + pair + lang if pair else split
             counts["binary " + lang] = indexed_sentences(args.folder / "bin" / (name + ".idx"))
         require_equal(split, counts)
-        print("{}: {:,} pairs".format(split, counts[args.langs[0]]))
+        print("{}: {:,} {}".format(split, counts[args.langs[0]], "pairs" if pair else "lines"))
 
 
 def add_command(commands, function, *positional, langs=True):
     command = commands.add_parser(function.__name__.replace("_", "-"), help=function.__doc__)
     command.set_defaults(function=function)
     if langs:
-        command.add_argument("--langs", nargs=2, required=True)
+        command.add_argument("--langs", nargs="+", required=True, help="two languages, or one name ending for text in one language")
     for name in positional:
         command.add_argument(name, type=Path)
     return command
@@ -254,7 +267,11 @@ def get_parser():
     command.add_argument("--lang", required=True)
     command.add_argument("--lower", action="store_true")
     command.add_argument("--escape", action="store_true", help="write & < > ' \" | [ ] as XML entities, as Moses does")
+    command.add_argument("--normalize", action="store_true", help="first make punctuation uniform, as Moses does")
+    command.add_argument("--split-hyphens", action="store_true", help="hyphens between letters become words, @-@")
     command.add_argument("--workers", type=int, default=1)
+    command = add_command(commands, head, "input", "output", langs=False)
+    command.add_argument("--lines", type=int, required=True)
     command = add_command(commands, clean, "input", "output")
     command.add_argument("--longest", type=int, default=175)
     command.add_argument("--ratio", type=float, default=1.5)

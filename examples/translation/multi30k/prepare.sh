@@ -21,7 +21,7 @@ if [ -z "$FROM" ]; then
         done
     done
 fi
-text collect "$FROM" "$WORK/tok" --langs de en \
-    train=train,train.lc.norm.tok valid=valid,val.lc.norm.tok test=test,test_2016_flickr.lc.norm.tok
+text collect "$FROM" "$WORK/tok" \
+    train=train,train.lc.norm.tok valid=valid,val.lc.norm.tok test=test,test_2016_flickr.lc.norm.tok --langs de en
 apply_bpe 4000 de en
 binarise de en --joined-dictionary

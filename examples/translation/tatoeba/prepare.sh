@@ -21,7 +21,7 @@ if [ -f "$FROM/deu-eng.zip" ]; then
 elif [ -f "$FROM/deu.txt" ]; then
     text split-tatoeba "$FROM/deu.txt" "$WORK/raw"
 else
-    text collect "$FROM" "$WORK/raw" --langs de en train=train valid=valid test=test
+    text collect "$FROM" "$WORK/raw" train=train valid=valid test=test --langs de en
 fi
 for split in train valid test; do
     for lang in de en; do

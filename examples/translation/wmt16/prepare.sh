@@ -27,8 +27,8 @@ if [ -f "$FROM/wmt16_en_de.tar.gz" ]; then
     tar -xzf "$FROM/wmt16_en_de.tar.gz" -C "$WORK/orig" 2> /dev/null || fail "cannot unpack $FROM/wmt16_en_de.tar.gz"
     FROM="$WORK/orig"
 fi
-text collect "$FROM" "$WORK/text" --langs en de \
-    train=train.tok.clean.bpe.32000 valid=newstest2013.tok.bpe.32000 test=newstest2014.tok.bpe.32000
+text collect "$FROM" "$WORK/text" \
+    train=train.tok.clean.bpe.32000 valid=newstest2013.tok.bpe.32000 test=newstest2014.tok.bpe.32000 --langs en de
 if [ "$DICTIONARY" = vocabulary ]; then
     text dictionary "$FROM/vocab.bpe.32000" "$WORK/dictionary.txt"
     binarise en de --joined-dictionary --srcdict "$WORK/dictionary.txt"

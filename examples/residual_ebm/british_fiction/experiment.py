@@ -1,0 +1,163 @@
+"""Base language model, energies on its residual, RALM and BALM on British fiction: train, measure, print the table.
+
+    experiment.py run DATA OUTPUT [--seeds 1 2] [--jobs 2]
+    experiment.py table OUTPUT
+
+All of it stock commands on one thread each, printed so that they can be copied. What is finished is not done again, so a
+run that was stopped goes on where it was.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Dict, List
+
+ROOT = Path(__file__).resolve().parents[3]
+PLUGIN = ROOT / "fairseq_earm"
+sys.path.insert(0, str(ROOT / "examples"))
+
+from steps import Step, run_steps  # noqa: E402
+
+PREFIX, LENGTH = 40, 64
+SEQUENCES, SAMPLES = 400, 500  # of the test set, and of each sequence for log Z
+SIZE = ["--decoder-layers", "2", "--decoder-embed-dim", "128", "--decoder-ffn-embed-dim", "512", "--decoder-attention-heads", "4"]
+# As many parameters as the base model and an energy network together.
+BALM_SIZE = ["--decoder-layers", "2", "--decoder-embed-dim", "200", "--decoder-ffn-embed-dim", "800", "--decoder-attention-heads", "4"]
+ENCODER_SIZE = [flag.replace("decoder", "encoder") for flag in SIZE]
+TRAINING = [
+    "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr-scheduler", "polynomial_decay", "--clip-norm", "1",
+    "--cpu", "--log-interval", "100", "--log-format", "simple", "--no-progress-bar", "--no-epoch-checkpoints", "--num-workers", "1",
+]
+PRETRAINING = [*TRAINING, "--lr", "2e-3", "--warmup-updates", "400", "--total-num-update", "4530", "--max-epoch", "4"]
+LANGUAGE_MODEL = [
+    "--task", "language_modeling", "--criterion", "cross_entropy", "--share-decoder-input-output-embed", "--dropout", "0.1",
+    "--tokens-per-sample", str(LENGTH), "--sample-break-mode", "none", "--max-tokens", "2048", *PRETRAINING,
+]
+MASKED_LANGUAGE_MODEL = [
+    "--task", "masked_lm", "--criterion", "masked_lm", "--arch", "roberta", *ENCODER_SIZE, "--dropout", "0.1",
+    "--attention-dropout", "0.1", "--tokens-per-sample", str(LENGTH + 1), "--max-positions", "128", "--sample-break-mode", "none",
+    "--max-tokens", "2080", *PRETRAINING,
+]
+ENERGY_UPDATES = "1000"
+ENERGY = [
+    "--task", "residual_language_modeling", "--criterion", "residual_nce", "--prefix-length", str(PREFIX),
+    "--sequence-length", str(LENGTH), "--batch-size", "32", "--batch-size-valid", "32", "--dropout", "0.1",
+    "--warmup-updates", "50", "--total-num-update", ENERGY_UPDATES, "--max-update", ENERGY_UPDATES, *TRAINING,
+]
+# Learning rates: from scratch a network takes a larger one than from a pre-trained start.
+ENERGIES = {
+    "unit": ["--arch", "energy_transformer_unit", *SIZE, "--lr", "5e-4"],
+    "bit": ["--arch", "energy_transformer_bit", *ENCODER_SIZE, "--max-positions", "128", "--lr", "1e-3"],
+    "bit-mlm": ["--arch", "energy_transformer_bit", *ENCODER_SIZE, "--max-positions", "128", "--lr", "5e-4"],
+}
+NAMES = {
+    "base": "BASE LM", "balm": "BALM (as many parameters as BASE + energy)", "ralm": "RALM", "unit": "joint UNIT",
+    "bit": "joint BIT, from scratch", "bit-mlm": "joint BIT, masked-LM start",
+}
+
+
+class Experiment:
+    """The commands of one run.
+
+    Args:
+        data: what prepare.sh wrote as bin/.
+        output: folder of the checkpoints, logs and results.
+    """
+
+    def __init__(self, data: Path, output: Path):
+        self.data, self.output = data, output
+
+    def steps(self, seeds: List[int]) -> List[Step]:
+        """Everything for the first seed; for the others the base model and the energy that the table compares."""
+        first, steps = seeds[0], []
+        for seed in seeds:
+            names = list(ENERGIES) if seed == first else ["bit-mlm"]
+            steps += [self._train("base", seed, ["--arch", "transformer_lm", *SIZE, *LANGUAGE_MODEL])]
+            steps += [self._train("mlm", seed, MASKED_LANGUAGE_MODEL)]
+            steps += [self._energy(name, seed) for name in names]
+            steps += [self._perplexity("base", seed), *[self._perplexity(name, seed, energy=True) for name in names]]
+        base = ["--base-lm", str(self._checkpoint("base", first))]
+        steps += [self._train("balm", first, ["--arch", "transformer_lm", *BALM_SIZE, *LANGUAGE_MODEL])]
+        steps += [
+            self._train("ralm", first, ["--arch", "residual_transformer_lm", *base, *SIZE, *LANGUAGE_MODEL], needs=["base"])
+        ]
+        return [*steps, self._perplexity("balm", first), self._perplexity("ralm", first)]
+
+    def _checkpoint(self, name: str, seed: int) -> Path:
+        return self.output / f"{name}-{seed}" / "checkpoint_best.pt"
+
+    def _train(self, name: str, seed: int, flags: List[str], needs=()) -> Step:
+        save = [f"--save-dir={self._checkpoint(name, seed).parent}", "--seed", str(seed)]
+        words = ["fairseq-train", str(self.data), f"--user-dir={PLUGIN}", *flags, *save]
+        return Step(f"{name}-{seed}", words, tuple(f"{need}-{seed}" for need in needs))
+
+    def _energy(self, name: str, seed: int) -> Step:
+        start = {"unit": "base", "bit-mlm": "mlm"}.get(name)
+        flags = [*ENERGY, *ENERGIES[name], "--base-lm", str(self._checkpoint("base", seed))]
+        if start:
+            flags += ["--energy-init", str(self._checkpoint(start, seed))]
+        return self._train(name, seed, flags, ["base", start] if start else ["base"])
+
+    def _perplexity(self, name: str, seed: int, energy: bool = False) -> Step:
+        """On the same sequences for all; the base's own also per position."""
+        path = self._checkpoint("base" if energy else name, seed)
+        words = ["fairseq-earm-perplexity", str(self.data), "--path", str(path), "--cpu", "--max-sequences", str(SEQUENCES)]
+        words += ["--prefix-length", str(PREFIX), "--sequence-length", str(LENGTH), "--json", str(self._result(name, seed))]
+        if energy:
+            words += ["--energy-path", str(self._checkpoint(name, seed)), "--samples", str(SAMPLES // 2), str(SAMPLES)]
+        return Step(f"{name}-{seed}.perplexity", words, (f"{name}-{seed}",))
+
+    def _result(self, name: str, seed: int) -> Path:
+        return self.output / f"{name}-{seed}.json"
+
+
+def perplexities(result: dict) -> Dict[str, float]:
+    """Lower and upper estimate, and the gain over the base in nats per token with its standard error."""
+    if "joint" not in result:
+        return {"lower": result["base"]["perplexity"], "upper": result["base"]["perplexity"]}
+    row = result["joint"][-1]
+    return {
+        "lower": row["perplexity_lower"], "upper": row["perplexity_upper"], "gain": row["gain"],
+        "error": row["gain_standard_error"], "base": result["base"]["perplexity"],
+    }
+
+
+def print_table(output: Path) -> None:
+    """One row per model, mean and spread over the seeds that were run."""
+    print("| model | seeds | test perplexity, lower to upper estimate | gain over its base, nats per token |\n|---|---|---|---|")
+    for name, title in NAMES.items():
+        found = [perplexities(json.loads(path.read_text())) for path in sorted(output.glob(f"{name}-[0-9]*.json"))]
+        if not found:
+            continue
+        bounds = [_spread([row[bound] for row in found]) for bound in ("lower", "upper")]
+        bounds = bounds[:1] if "gain" not in found[0] else bounds
+        gain = "; ".join(f"{row['gain']:.4f} ± {row['error']:.4f}" for row in found if "gain" in row)
+        print(f"| {title} | {len(found)} | {' to '.join(bounds)} | {gain} |")
+
+
+def _spread(values: List[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    run = commands.add_parser("run")
+    run.add_argument("data", type=Path)
+    run.add_argument("output", type=Path)
+    run.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    run.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
+    commands.add_parser("table").add_argument("output", type=Path)
+    args = parser.parse_args()
+    if args.command == "run":
+        run_steps(Experiment(args.data, args.output).steps(args.seeds), args.output, args.jobs)
+    print_table(args.output)
+
+
+if __name__ == "__main__":
+    main()
