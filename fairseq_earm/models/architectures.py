@@ -1,7 +1,7 @@
 """Named architectures with the sizes of Deng et al. 2020 (Section 4.1 and Table 1), and tiny ones for a CPU.
 
-Parameters are counted with tied embeddings and GPT-2's 50,264 symbols. The paper gives the base model's sizes (12 layers,
-16 heads, 1,024, 4,096) and everyone's count; the other sizes of language models here are chosen to meet these counts.
+Parameters are counted with tied embeddings and GPT-2's vocabulary in fairseq, 50,264 symbols. Of the language models the
+base has the paper's sizes; those of BALM and of the 24-layer models are chosen here to meet the paper's counts.
 """
 from __future__ import annotations
 

@@ -104,8 +104,8 @@ def _load(path: str) -> dict:
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(path)
         return {"model": state["model"], "cfg": state["cfg"]}
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, EOFError, OSError, ValueError) as error:
-        raise UsageError(f"--energy-init {path}: this is no checkpoint of fairseq-train ({type(error).__name__})") from error
+    except (pickle.UnpicklingError, LookupError, RuntimeError, TypeError, AttributeError, ValueError, EOFError) as error:
+        raise UsageError(f"--energy-init {path}: no checkpoint of fairseq-train ({type(error).__name__})") from error
 
 
 def _trunk_parameters(path: str, state: dict, pretrained: Pretrained) -> Dict[str, Tensor]:
@@ -115,7 +115,7 @@ def _trunk_parameters(path: str, state: dict, pretrained: Pretrained) -> Dict[st
     parameters = {_today(name): value for name, value in state["model"].items()}
     inside = {name[start:]: value for name, value in parameters.items() if name.startswith(pretrained.prefix)}
     if not issubclass(ARCH_MODEL_REGISTRY.get(found, object), pretrained.model) or EMBEDDINGS not in inside:
-        raise UsageError(f"--energy-init {path}: a checkpoint of {found}, and this network starts from a {pretrained.kind}")
+        raise UsageError(f"--energy-init {path}: a {found}, and this network starts from a {pretrained.kind}")
     return {name: value for name, value in inside.items() if not name.startswith(pretrained.unused)}
 
 

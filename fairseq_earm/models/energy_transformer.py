@@ -76,7 +76,7 @@ class EnergyModel(BaseFairseqModel):
     def states(self, src_tokens: Tensor):
         """Top states of the start token and the sequence's → (B, 1 + L, D), and which are not padding, (B, 1 + L)."""
         if src_tokens.size(1) > self.max_positions():
-            raise ValueError(f"{src_tokens.size(1)} tokens, and the energy network reads {self.max_positions()} at most")
+            raise ValueError(f"{src_tokens.size(1)} tokens; the energy network reads {self.max_positions()} at most")
         start = src_tokens.new_full((src_tokens.size(0), 1), self.start)
         tokens = torch.cat([start, src_tokens], 1)
         return self.top_states(tokens), tokens.ne(self.pad)
@@ -97,8 +97,8 @@ class EnergyTransformerConfig(FairseqDataclass):
     energy_init: Optional[str] = field(
         default=None,
         metadata={
-            "help": "checkpoint that the network starts from, with the same sizes and the same dictionary: for UNIT of a "
-            "transformer_lm, for BIT of a roberta trained by masked_lm. Needed at the start of a training only"
+            "help": "checkpoint that the network starts from, of the same sizes and with the same dictionary: for UNIT a "
+            "transformer_lm, for BIT a roberta trained by masked_lm; needed at the start of a training only"
         },
     )
     dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
@@ -109,13 +109,16 @@ class EnergyTransformerConfig(FairseqDataclass):
     )
     max_positions: int = field(
         default=1024,
-        metadata={"help": "most tokens the network reads, a start token of its own included; learned positions: as in the checkpoint"},
+        metadata={
+            "help": "most tokens the network reads, a start token of its own included; with learned positions as many as "
+            "in the checkpoint"
+        },
     )
 
 
 @dataclass
 class EnergyTransformerUnitConfig(EnergyTransformerConfig):
-    """UNIT: the flags, and without --arch the defaults, of `transformer_lm`; the sizes are those of the paper's base model."""
+    """UNIT: the flags of `transformer_lm`; the sizes are those of the paper's base model."""
 
     decoder_embed_dim: int = field(default=1024, metadata={"help": "size of the states"})
     decoder_input_dim: Optional[int] = field(
@@ -177,7 +180,8 @@ class EnergyTransformerBitConfig(EnergyTransformerConfig):
         default="gelu", metadata={"help": "activation function to use"}
     )
     max_positions: int = field(
-        default=512, metadata={"help": "most tokens the network reads, <s> included: as in the checkpoint, and one more than a sequence"}
+        default=512,
+        metadata={"help": "most tokens the network reads, a start token of its own included: as many as in the checkpoint"},
     )
     encoder_embed_dim: int = field(default=768, metadata={"help": "size of the states"})
     encoder_ffn_embed_dim: int = field(default=3072, metadata={"help": "size of the FFN"})

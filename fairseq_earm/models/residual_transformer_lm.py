@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
-from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
+from fairseq.models import FairseqIncrementalDecoder, register_model
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
 from fairseq_earm.ebm.energy import widen
@@ -59,8 +59,8 @@ class ResidualTransformerLanguageModelConfig(TransformerLanguageModelConfig):
     base_lm: Optional[str] = field(
         default=None,
         metadata={
-            "help": "checkpoint of the frozen language model; needed whenever the trained model is loaded, too (elsewhere "
-            "by then: --model-overrides \"{'base_lm': PATH}\")"
+            "help": "checkpoint of the frozen language model; the trained model is loaded together with it (if it moved: "
+            "--model-overrides \"{'base_lm': PATH}\")"
         },
     )
 
@@ -79,11 +79,11 @@ class ResidualTransformerLanguageModel(TransformerLanguageModel):
         if args.base_lm is None:
             raise UsageError("residual_transformer_lm needs --base-lm: the checkpoint of a language model")
         if args.adaptive_softmax_cutoff is not None:
-            raise UsageError("--adaptive-softmax-cutoff: residual_transformer_lm needs a logit of every word; leave it out")
+            raise UsageError("--adaptive-softmax-cutoff: residual_transformer_lm needs every word's logit; leave it out")
         base = load_frozen(args.base_lm, task, flag="--base-lm")
-        if not isinstance(base.model, FairseqLanguageModel) or not isinstance(base.model.decoder, FairseqIncrementalDecoder):
+        if not isinstance(getattr(base.model, "decoder", None), FairseqIncrementalDecoder) or hasattr(base.model, "encoder"):
             kind = type(base.model).__name__
-            raise UsageError(f"--base-lm {args.base_lm}: a {kind}, which is no language model that fairseq can decode step by step")
+            raise UsageError(f"--base-lm {args.base_lm}: a {kind}, which is no language model; give one")
         model = super().build_model(args, task)
         model.decoder = ResidualDecoder(model.decoder, base)
         return model

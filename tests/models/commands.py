@@ -8,8 +8,9 @@ TASK = "--task language_modeling --tokens-per-sample 12 --sample-break-mode none
 LANGUAGE_MODEL = [*TASK, "--arch", "transformer_lm_residual_tiny", *SIZES]
 RESIDUAL_LANGUAGE_MODEL = [*TASK, "--arch", "residual_transformer_lm_tiny", *SIZES]
 MASKED_LANGUAGE_MODEL = (
-    "--task masked_lm --criterion masked_lm --arch roberta --encoder-layers 2 --encoder-embed-dim 16 --encoder-ffn-embed-dim 32 "
-    "--encoder-attention-heads 2 --tokens-per-sample 12 --max-positions 12 --sample-break-mode none "
+    "--task masked_lm --criterion masked_lm --arch roberta --encoder-layers 2 --encoder-embed-dim 16 "
+    "--encoder-ffn-embed-dim 32 --encoder-attention-heads 2 --tokens-per-sample 12 --max-positions 12 "
+    "--sample-break-mode none"
 ).split()
 OPTIMISATION = (
     "--optimizer adam --lr 0.01 --batch-size 16 --max-update 6 --cpu --no-progress-bar --no-epoch-checkpoints "

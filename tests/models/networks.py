@@ -20,7 +20,8 @@ def sizes(side):
 
 def config(name, **settings):
     if name == "unit":
-        return EnergyTransformerUnitConfig(**{**sizes("decoder"), "decoder_normalize_before": True, "max_positions": 12, **settings})
+        flags = {**sizes("decoder"), "decoder_normalize_before": True, "max_positions": 12, **settings}
+        return EnergyTransformerUnitConfig(**flags)
     return EnergyTransformerBitConfig(**{**sizes("encoder"), "max_positions": 12, **settings})
 
 

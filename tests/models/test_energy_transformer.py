@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fairseq_earm.models.energy_init import UNTRAINED
 from tests.models.networks import DICTIONARY, network, sequences
 from tests.tiny_model import tiny_dictionary
 
@@ -115,7 +116,7 @@ def test_the_longest_sequence(name):
     model = network(name, max_positions=8, **({"decoder_learned_pos": True} if name == "unit" else {}))
     assert model.max_positions() == 7
     assert model(sequences(7)).isfinite().all()
-    with pytest.raises(ValueError, match="8 tokens, and the energy network reads 7 at most"):
+    with pytest.raises(ValueError, match="8 tokens; the energy network reads 7 at most"):
         model(sequences(8))
 
 
@@ -125,15 +126,15 @@ def test_the_tasks_energy_dictionary_goes_first(name):
     model = network(name, task=SimpleNamespace(source_dictionary=DICTIONARY, energy_dictionary=other))
     assert model.vocabulary_size == len(other)
     assert model.trunk.embed_tokens.num_embeddings == len(other)
-    assert network(name, task=SimpleNamespace(source_dictionary=DICTIONARY, energy_dictionary=None)).vocabulary_size == len(DICTIONARY)
+    without = SimpleNamespace(source_dictionary=DICTIONARY, energy_dictionary=None)
+    assert network(name, task=without).vocabulary_size == len(DICTIONARY)
 
 
 @BOTH
 def test_every_parameter_learns(name):
     model = network(name)
     model(sequences(6, 2)).pow(2).sum().backward()
-    from fairseq_earm.models.energy_init import UNTRAINED
-
-    idle = [key for key, value in model.named_parameters() if not UNTRAINED.search(key) and (value.grad is None or not value.grad.any())]
-    # A bias on keys moves all of a query's attention logits alike.
-    assert [key for key in idle if not key.endswith("k_proj.bias")] == []
+    # A bias on keys moves all of a query's attention logits alike, to no effect.
+    useful = {key: value.grad for key, value in model.named_parameters() if not key.endswith("k_proj.bias")}
+    idle = [key for key, grad in useful.items() if grad is None or not grad.any()]
+    assert [key for key in idle if not UNTRAINED.search(key)] == []
