@@ -15,6 +15,8 @@ import re
 import sys
 from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
+from fairseq_earm.errors import UsageError
+
 logger = logging.getLogger("fairseq_earm")
 
 Version = Tuple[int, int]
@@ -48,6 +50,7 @@ def apply() -> None:
     drop_fast_path_weights()
     report_left_out_sentences()
     refuse_to_spawn_nothing()
+    notice_torchrun()
     copy_checkpoints_whole()
 
 
@@ -274,11 +277,37 @@ def refuse_to_spawn_nothing() -> None:
                     "without a GPU fairseq starts no workers by itself; "
                     "start them with torchrun and give --distributed-no-spawn"
                 )
+            if distributed.distributed_init_method is not None:
+                _refuse_single_workers(distributed)
             original(cfg, main, **kwargs)
 
         return call_main
 
     _wrap(utils, "call_main", replace)
+
+
+def notice_torchrun() -> None:
+    """Where it sees at most one GPU, fairseq after 0.12.2 takes each worker that torchrun started for a single one."""
+    from fairseq.distributed import utils
+
+    def replace(original):
+        def infer_init_method(cfg, *args, **kwargs):
+            original(cfg, *args, **kwargs)
+            _refuse_single_workers(cfg)
+
+        return infer_init_method
+
+    _wrap(utils, "infer_init_method", replace)
+
+
+def _refuse_single_workers(distributed) -> None:
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > 1 and distributed.distributed_world_size == 1:
+        raise UsageError(
+            f"--distributed-world-size 1, but torchrun started {started} workers, each of which would train a model of its own "
+            f"into the same --save-dir; give --distributed-world-size {started} (on CPU with the other flags that the README "
+            "names), or start one worker"
+        )
 
 
 def copy_checkpoints_whole() -> None:

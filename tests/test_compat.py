@@ -19,6 +19,7 @@ from fairseq.modules import DynamicCRF
 from omegaconf import OmegaConf
 
 from fairseq_earm import compat
+from fairseq_earm.errors import UsageError
 
 CHECKS_WHAT_IT_LOADS = compat.parse(torch.__version__) >= (2, 6)
 DROPS_LAST_BATCH = len(data_utils.batch_by_size.__wrapped__(np.arange(9), lambda i: 1, required_batch_size_multiple=8)) == 1
@@ -284,6 +285,28 @@ def test_a_single_worker_starts_as_ever():
     seen = []
     distributed_utils.call_main(config, lambda cfg, note: seen.append(note), note="started")
     assert seen == ["started"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"distributed_init_method": "env://", "distributed_no_spawn": True}])
+def test_workers_that_would_each_train_alone_are_refused(monkeypatch, settings):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    started = []
+    with pytest.raises(UsageError, match="--distributed-world-size 1, but .* 2 workers.* --distributed-world-size 2"):
+        distributed_utils.call_main(distributed_config(distributed_world_size=1, **settings), started.append)
+    assert started == []
+
+
+def test_workers_whose_number_fairseq_infers_are_taken(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = distributed_config(distributed_world_size=1).distributed_training
+
+    def infer(cfg):
+        cfg.distributed_world_size = 2
+
+    monkeypatch.setattr(distributed_utils, "infer_init_method", infer)
+    compat.notice_torchrun()
+    distributed_utils.infer_init_method(config)
+    assert config.distributed_world_size == 2
 
 
 def test_a_checkpoint_copy_that_is_cut_off_leaves_the_former_one(tmp_path, monkeypatch):
