@@ -114,8 +114,10 @@ def _trunk_parameters(path: str, state: dict, pretrained: Pretrained) -> Dict[st
     start = len(pretrained.prefix)
     parameters = {_today(name): value for name, value in state["model"].items()}
     inside = {name[start:]: value for name, value in parameters.items() if name.startswith(pretrained.prefix)}
-    if not issubclass(ARCH_MODEL_REGISTRY.get(found, object), pretrained.model) or EMBEDDINGS not in inside:
+    if not issubclass(ARCH_MODEL_REGISTRY.get(found, object), pretrained.model):
         raise UsageError(f"--energy-init {path}: a {found}, and this network starts from a {pretrained.kind}")
+    if EMBEDDINGS not in inside:
+        raise UsageError(f"--energy-init {path}: a {found} without plain word embeddings, which this network needs")
     return {name: value for name, value in inside.items() if not name.startswith(pretrained.unused)}
 
 

@@ -145,6 +145,7 @@ def test_a_parameter_that_no_flag_explains(text, tmp_path):
 
 
 def test_checkpoints_of_another_kind(text, tiny):
+    assert "residual_transformer_lm_tiny without plain word embeddings" in refused("unit", text, path=text.ralm)
     assert "a roberta, and this network starts from a transformer_lm" in refused("unit", text, path=text.mlm)
     words = "a transformer_lm_residual_tiny, and this network starts from a roberta"
     assert words in refused("bit", text, path=text.lm)

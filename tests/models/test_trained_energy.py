@@ -37,6 +37,7 @@ def test_the_initial_checkpoint_is_needed_once(name, source, text, tmp_path):
 
 
 def test_a_missing_initial_checkpoint_stops_before_training(text, tmp_path):
+    run = [text.data, tmp_path, *TASK, *ARCHS["unit"].split(), "--base-lm", text.lm]
     with pytest.raises(UsageError, match="--energy-init .*nothing.pt: there is no such file"):
-        train(text.data, tmp_path, *TASK, *ARCHS["unit"].split(), "--base-lm", text.lm, "--energy-init", tmp_path / "nothing.pt")
+        train(*run, "--energy-init", tmp_path / "nothing.pt")
     assert not list(tmp_path.glob("*.pt"))
