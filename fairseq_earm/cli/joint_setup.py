@@ -19,8 +19,10 @@ from fairseq_earm.models.load_energy import load_energy
 from fairseq_earm.sampling.ancestral import AncestralSampler, max_lengths
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.blocks import load_blocks
-from fairseq_earm.sampling.frozen import load_frozen
-from fairseq_earm.sampling.layout import joint_dictionary
+from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
+from fairseq_earm.sampling.store import PIECE
+from fairseq_earm.tasks.residual_language_modeling import ResidualLanguageModelingTask
+from fairseq_earm.tasks.residual_translation import ResidualTranslationTask
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def _language(args: argparse.Namespace) -> Measured:
     data = argparse.Namespace(
         source_dictionary=dictionary, target_dictionary=dictionary, args=argparse.Namespace(data=args.data)
     )
-    energy = load_energy(args.energy_path, data, dtype=dtype(args)) if args.energy_path else None
+    energy = _energy(args, data, ResidualLanguageModelingTask)
     prefix, length, break_mode = _lengths(args, energy)
     if energy and length > energy.model.max_positions():
         raise UsageError(
@@ -88,7 +90,24 @@ def _language(args: argparse.Namespace) -> Measured:
     )
 
 
-def _lengths(args: argparse.Namespace, energy) -> tuple:
+def _energy(args: argparse.Namespace, data, kind: type) -> Optional[FrozenModel]:
+    """The energy network of --energy-path, if there is one, which must have been trained for this kind of task."""
+    if not args.energy_path:
+        return None
+    energy = load_energy(args.energy_path, data, dtype=dtype(args))
+    if not isinstance(energy.task, kind):
+        raise UsageError(
+            f"--energy-path {args.energy_path} was trained for {type(energy.task).__name__}, and {args.data} is data for {kind.__name__}"
+        )
+    settings = energy.task.cfg
+    own = settings.base_lm if kind is ResidualLanguageModelingTask else settings.base_model
+    # An energy on another base is no residual of it, though it may be wanted.
+    if own and os.path.isfile(own) and os.path.isfile(args.path) and file_hash(own) != file_hash(args.path):
+        logger.warning("--path %s is not the base that --energy-path %s was trained on, %s", args.path, args.energy_path, own)
+    return energy
+
+
+def _lengths(args: argparse.Namespace, energy: Optional[FrozenModel]) -> tuple:
     """Prefix length, sequence length and break mode: from the flags, or else as the energy was trained."""
     trained = energy.task.cfg if energy else None
     for name in LENGTHS:
@@ -172,9 +191,8 @@ def _translation_energies(args: argparse.Namespace, task, base):
         return own_energies(base, args.energy_step)
     if not args.energy_path:
         return None
-    network = load_energy(args.energy_path, task, dtype=dtype(args)).to(device(args)).model
-    _, shift = joint_dictionary(task.source_dictionary, task.target_dictionary)
-    return network_energies(network, task.target_dictionary.pad(), shift)
+    energy = _energy(args, task, ResidualTranslationTask).to(device(args))
+    return network_energies(energy.model, energy.task.energy_pad, energy.task.shift)
 
 
 def _too_long(args: argparse.Namespace, dataset, indices: List[int], base) -> int:
@@ -196,6 +214,15 @@ def spread(count: int, maximum: Optional[int]) -> List[int]:
     """Up to `maximum` of the numbers below `count`, evenly spaced."""
     number = min(count, maximum or count)
     return [i * count // number for i in range(number)]
+
+
+def file_hash(path: str) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(PIECE), b""):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def device(args: argparse.Namespace) -> torch.device:

@@ -5,7 +5,6 @@ With --json the command may be killed and started again: it goes on where it sto
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -14,11 +13,11 @@ from typing import Iterable, List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.joint_setup import Measured, device, open_measured
+from fairseq_earm.cli.joint_setup import Measured, device, file_hash, open_measured
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
 from fairseq_earm.evaluation.work_file import WorkFile
-from fairseq_earm.sampling.store import BREAK_MODES, DTYPES, PIECE
+from fairseq_earm.sampling.store import BREAK_MODES, DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -97,22 +96,14 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace, measured: Measured) -> dict:
     """All that the figures depend on."""
     names = ("gen_subset", "max_sequences", "samples", "per_step", "batch_size", "seed", "dtype")
-    energy = f"{args.energy} {args.energy_step}" if args.energy else args.energy_path and _file_hash(args.energy_path)
+    energy = f"{args.energy} {args.energy_step}" if args.energy else args.energy_path and file_hash(args.energy_path)
     return {
         **{name: getattr(args, name) for name in names},
         **measured.data,
-        "base": _file_hash(args.path),
+        "base": file_hash(args.path),
         "energy": energy,
         "device": device(args).type,
     }
-
-
-def _file_hash(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(PIECE), b""):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _measure_all(args: argparse.Namespace, measured: Measured, work: Optional[WorkFile]) -> List[dict]:
@@ -145,23 +136,23 @@ def _table(report: dict) -> str:
     lines = [report["conditions"]]
     skipped = f"; {report['skipped']:,} of another length skipped" if report["skipped"] else ""
     lines += [f"{report['sequences']:,} sequences, {report['tokens']:,} predicted tokens{skipped}. Perplexity per token:", ""]
-    lines += [f"{'':<24} {'lower':>10} {'upper':>10} {'gain, nats':>12}", _row("base", *[report["base"]["perplexity"]] * 2)]
+    bounds = f" {'lower':>10} {'upper':>10} {'gain, nats':>12}" if "joint" in report else ""
+    lines += [f"{'':<24}{bounds}".rstrip(), _row("base", *[report["base"]["perplexity"]] * (2 if bounds else 1))]
     for row in report.get("joint", []):
         error = row["gain_standard_error"]
         gain = f"{row['gain']:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
-        lines.append(_row(f"joint, {row['samples']:,} samples", row["perplexity_lower"], row["perplexity_upper"], f"  {gain}"))
+        lines.append(_row(f"joint, {row['samples']:,} samples", row["perplexity_lower"], row["perplexity_upper"], rest=gain))
     if "joint" in report:
         lines += ["", "gain: base NLL − joint NLL (upper) per token, ± its standard error over sequences"]
     if "steps" in report:
-        lines += ["", f"{'step':<24} {'lower':>10} {'upper':>10} {'base':>10}"]
-        for row in report["steps"]:
-            base = f"{row['base']:10.4f}"
-            lines.append(_row(str(row["step"]), row["lower"], row["upper"], base) if "lower" in row else f"{row['step']:<24} {base:>32}")
+        names = [name for name in ("base", "lower", "upper") if name in report["steps"][0]]
+        lines += ["", f"{'step':<24} " + " ".join(f"{name:>10}" for name in names)]
+        lines += [_row(str(row["step"]), *(row[name] for name in names)) for row in report["steps"]]
     return "\n".join(lines)
 
 
-def _row(name: str, lower: float, upper: float, rest: str = "") -> str:
-    return f"{name:<24} {lower:10.4f} {upper:10.4f} {rest}".rstrip()
+def _row(name: str, *values: float, rest: str = "") -> str:
+    return " ".join([f"{name:<24}", *(f"{value:10.4f}" for value in values), rest]).rstrip()
 
 
 def _write_json(path: str, report: dict) -> None:

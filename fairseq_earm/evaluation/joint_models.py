@@ -128,9 +128,10 @@ def own_energies(model, energy_step: str = "last") -> Callable[[dict, Tensor, Te
 
 def network_energies(network, pad: int, shift: int) -> Callable[[dict, Tensor, Tensor], Tensor]:
     """An energy network's energies of translations of one source, read source first; see `layout.source_target`."""
+    longest = network.max_positions()
 
     def energies(net_input: dict, tokens: Tensor, mask: Tensor) -> Tensor:
-        return network(source_target(net_input["src_tokens"], tokens, pad=pad, shift=shift))
+        return network(source_target(net_input["src_tokens"], tokens, pad=pad, shift=shift, longest=longest))
 
     return energies
 

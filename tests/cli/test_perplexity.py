@@ -1,0 +1,219 @@
+"""fairseq-earm-perplexity on trained models, against sums over all continuations."""
+import itertools
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+from fairseq_earm.cli import perplexity
+from fairseq_earm.cli.joint_setup import spread
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.blocks import load_blocks
+from tests.tiny_translation import OPTIMISATION, command
+
+LENGTHS = ["--prefix-length", 8, "--sequence-length", 12]
+
+
+@pytest.fixture(scope="module")
+def residual(text, tmp_path_factory):
+    """An energy network trained by stock commands on the residual of `text.base`, then made five times as strong."""
+    folder = tmp_path_factory.mktemp("residual")
+    task = ["--task", "residual_language_modeling", "--criterion", "residual_nce", "--base-lm", text.base, *LENGTHS]
+    command("train", text.data, *task, "--arch", "bit_tiny", *OPTIMISATION, "--save-dir", folder, "--lr", 0.005)
+    state = torch.load(folder / "checkpoint_last.pt", weights_only=False)
+    state["model"]["energy_projection.weight"].mul_(5)
+    torch.save(state, folder / "strong.pt")
+    return SimpleNamespace(data=text.data, base=text.base, energy=folder / "strong.pt")
+
+
+def run(data, base, *arguments):
+    perplexity.main([str(argument) for argument in (data, "--path", base, "--cpu", *arguments)])
+
+
+def measure(residual, path, *arguments):
+    """The JSON that the command writes for the joint model."""
+    run(residual.data, residual.base, "--energy-path", residual.energy, "--json", path, *arguments)
+    return json.loads(path.read_text())
+
+
+def load(path):
+    return checkpoint_utils.load_model_ensemble([str(path)])[0][0].eval()
+
+
+def exact_figures(residual, prefix_length, indices):
+    """Perplexity of the joint model, and of its last step, over all continuations of two tokens."""
+    base, energy = load(residual.base), load(residual.energy)
+    dictionary = base.decoder.dictionary
+    words = [i for i in range(len(dictionary)) if i != dictionary.pad()]
+    blocks = load_blocks(f"{residual.data}/test", dictionary, sequence_length=prefix_length + 2)
+    whole, last = [], []
+    for item in (blocks[index] for index in indices):
+        ends = torch.tensor(list(itertools.product(words, repeat=2)))
+        rows = torch.cat([item[:prefix_length].expand(len(ends), -1), ends], 1)
+        with torch.no_grad():
+            read = torch.cat([rows.new_full((len(rows), 1), dictionary.eos()), rows[:, :-1]], 1)
+            logits = base(read)[0][:, prefix_length:]
+            logits[:, :, dictionary.pad()] = -math.inf
+            log_probs = logits.double().log_softmax(-1).gather(-1, ends.unsqueeze(-1)).sum((1, 2)) - energy(rows).double()
+        mine = (ends == item[prefix_length:]).all(1)
+        same_start = ends[:, 0] == item[prefix_length]
+        whole.append((log_probs[mine] - log_probs.logsumexp(0)).item())
+        last.append((log_probs[mine] - log_probs[same_start].logsumexp(0)).item())
+    return math.exp(-sum(whole) / (2 * len(whole))), math.exp(-sum(last) / len(last))
+
+
+def test_bounds_close_in_on_the_exact_perplexity_and_the_last_step_is_exact(residual, tmp_path, capsys):
+    report = measure(
+        residual, tmp_path / "out.json", "--prefix-length", 10, "--samples", 2000, 50, "--per-step", "--max-sequences", 3
+    )
+    printed = capsys.readouterr().out
+    blocks = report["sequences"] + report["skipped"]
+    whole, last = exact_figures(residual, 10, spread(19, 3))
+    assert [row["samples"] for row in report["joint"]] == [50, 2000]
+    few, many = report["joint"]
+    assert many["perplexity_lower"] == pytest.approx(whole, rel=5e-3)
+    assert many["perplexity_upper"] == pytest.approx(whole, rel=5e-3)
+    assert abs(whole - report["base"]["perplexity"]) > 5e-3 * whole, "too weak an energy to tell the two apart"
+    assert many["nll_upper"] - many["nll_lower"] < few["nll_upper"] - few["nll_lower"]
+    assert report["steps"][1]["lower"] == report["steps"][1]["upper"] == pytest.approx(last, rel=1e-5)
+    assert blocks == 4 and report["tokens"] == 6
+    assert "first 10 tokens are given and the other 2" in printed and f"{many['perplexity_upper']:.4f}" in printed
+    assert f"{report['steps'][1]['base']:.4f}" in printed and "End-of-sentence is a token" in printed
+
+
+def test_lengths_are_those_of_the_energy_unless_given(residual, tmp_path, caplog):
+    report = measure(residual, tmp_path / "out.json", "--samples", 2, "--max-sequences", 2)
+    assert (report["settings"]["prefix_length"], report["settings"]["sequence_length"]) == (8, 12)
+    assert not [r for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("fairseq_earm")]
+    measure(residual, tmp_path / "out.json", "--samples", 2, "--max-sequences", 2, "--prefix-length", 9)
+    assert "--prefix-length 9, but the energy was trained with 8" in caplog.text
+
+
+def test_the_base_alone(text, tmp_path, capsys):
+    """As the stock command scores it where nothing is given; that has other first tokens, and padding in its softmax."""
+    path = tmp_path / "base.json"
+    run(text.data, text.base, "--prefix-length", 0, "--sequence-length", 12, "--json", path, "--per-step")
+    report = json.loads(path.read_text())
+    assert report["sequences"] == 19 and report["skipped"] == 1 and "joint" not in report and len(report["steps"]) == 12
+    assert report["base"]["perplexity"] == pytest.approx(math.exp(sum(math.log(s["base"]) for s in report["steps"]) / 12))
+    assert "lower" not in capsys.readouterr().out
+    model, dictionary = load(text.base), load(text.base).decoder.dictionary
+    blocks = load_blocks(f"{text.data}/test", dictionary, sequence_length=12)
+    tokens = torch.stack([blocks[i] for i in range(19)])
+    read = torch.cat([tokens.new_full((19, 1), dictionary.eos()), tokens[:, :-1]], 1)
+    with torch.no_grad():
+        scores = model.get_normalized_probs(model(read), log_probs=True).gather(-1, tokens.unsqueeze(-1))
+    assert report["base"]["nll"] == pytest.approx(-scores.mean().item(), abs=5e-3)
+
+
+def test_a_killed_run_goes_on_to_the_same_figures(residual, tmp_path, monkeypatch):
+    arguments = ["--samples", 20, 10, "--per-step", "--max-sequences", 6, "--batch-size", 16]
+    whole = measure(residual, tmp_path / "whole.json", *arguments)
+    path, partial = tmp_path / "out.json", tmp_path / "out.json.partial"
+    measured, original = [], perplexity.measure_sequence
+
+    def killed_at_the_third(*rest, index, **settings):
+        measured.append(index)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return original(*rest, index=index, **settings)
+
+    monkeypatch.setattr(perplexity, "measure_sequence", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        measure(residual, path, *arguments)
+    assert not path.exists()
+    with partial.open("a") as file:
+        file.write('{"index": 9, "base": [-1.2')  # killed while writing
+    with pytest.raises(UsageError, match="another seed"):
+        measure(residual, path, *arguments, "--seed", 2)
+    report = measure(residual, path, *arguments)
+    assert measured == [0, 3, 6, 6, 9, 12, 15]
+    assert report == whole and not partial.exists()
+
+
+def test_another_run_s_partial_results_are_refused_and_damaged_ones_too(residual, tmp_path):
+    path, partial = tmp_path / "out.json", tmp_path / "out.json.partial"
+    partial.write_text('{"settings": {"samples": [30]}}\n')
+    with pytest.raises(UsageError, match=r"out.json.partial holds part of a run with another .*delete it"):
+        measure(residual, path, "--samples", 20)
+    partial.write_text("no JSON\n")
+    with pytest.raises(UsageError, match="damaged: delete it"):
+        measure(residual, path, "--samples", 20)
+    assert partial.read_text() == "no JSON\n"
+    partial.write_text('{"settings": {"sam')  # killed at the very first line
+    assert measure(residual, path, "--samples", 20, "--max-sequences", 1)["sequences"] == 1
+
+
+def test_spread_is_even_and_never_more_than_there_is():
+    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 9) == [0, 1, 2] == spread(3, None)
+
+
+def refused(capsys, *arguments):
+    """The one line with which the command ends."""
+    with pytest.raises(UsageError) as error:
+        run(*arguments)
+    assert "perplexity" not in capsys.readouterr().out
+    return str(error.value)
+
+
+def test_bad_input_is_one_clear_line(residual, text, tiny, tmp_path, capsys):
+    joint = [residual.data, residual.base, "--energy-path", residual.energy]
+    alone = [text.data, text.base, *LENGTHS]
+    assert "--prefix-length 12 of --sequence-length 12 leaves nothing" in refused(capsys, *joint, "--prefix-length", 12)
+    assert "--prefix-length -1" in refused(capsys, *joint, "--prefix-length", -1)
+    assert "--prefix-length is missing" in refused(capsys, text.data, text.base)
+    assert "no sequence that long" in refused(capsys, text.data, text.base, "--prefix-length", 8, "--sequence-length", 12, "--sample-break-mode", "eos")
+    assert "--sequence-length 9999" in refused(capsys, *joint, "--sequence-length", 9999)
+    assert "give a language model" in refused(capsys, text.data, residual.energy, *LENGTHS)
+    assert "give an energy network" in refused(capsys, text.data, text.base, "--energy-path", text.base)
+    assert "--samples 1:" in refused(capsys, *joint, "--samples", 1, 10)
+    assert "--samples is for a normaliser" in refused(capsys, *alone, "--samples", 10)
+    assert "--energy earm is for translation models" in refused(capsys, *alone, "--energy", "earm")
+    assert "--batch-size 0" in refused(capsys, *alone, "--batch-size", 0)
+    assert "--max-sequences 0" in refused(capsys, *alone, "--max-sequences", 0)
+    assert "--max-len-a -1" in refused(capsys, *alone, "--max-len-a", -1)
+    assert "there is no such folder" in refused(capsys, *alone, "--json", tmp_path / "none" / "out.json")
+    assert "there is no such file" in refused(capsys, text.data, tmp_path / "none.pt", *LENGTHS)
+    assert "no such split" in refused(capsys, *alone, "--gen-subset", "none")
+    assert "dictionary is not the data's" in refused(capsys, text.data, tiny.a, *LENGTHS)
+    assert "--prefix-length is for text" in refused(capsys, tiny.data, tiny.a, "--prefix-length", 8)
+    assert "--per-step is for text" in refused(capsys, tiny.data, tiny.a, "--per-step")
+    assert "no such split" in refused(capsys, tiny.data, tiny.a, "--gen-subset", "none")
+    assert "there is no such file" in refused(capsys, tiny.data, tmp_path / "none.pt")
+    assert "not a checkpoint" in refused(capsys, tiny.data, text.base)
+    (tmp_path / "out.json.partial").mkdir()
+    assert "cannot be" in refused(capsys, *alone, "--json", tmp_path / "out.json")
+
+
+def test_energies_that_are_no_numbers_name_the_sequence_and_lose_nothing(residual, tmp_path, capsys):
+    state = torch.load(residual.energy, weights_only=False)
+    state["model"]["energy_projection.bias"].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    line = refused(capsys, residual.data, residual.base, "--energy-path", tmp_path / "nan.pt", "--samples", 4)
+    assert "sequence 0: its energy is nan" in line
+
+
+def test_an_energy_of_another_base_is_warned_about(residual, text, tmp_path, caplog):
+    state = torch.load(text.base, weights_only=False)
+    state["extra"] = 1
+    torch.save(state, tmp_path / "other.pt")
+    run(text.data, tmp_path / "other.pt", "--energy-path", residual.energy, "--samples", 2, "--max-sequences", 1)
+    assert "is not the base that --energy-path" in caplog.text
+
+
+def test_a_translation_model_with_its_own_energies(tiny, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    run(tiny.data, tiny.a, "--energy", "earm", "--samples", 300, "--json", path, "--max-len-b", 5)
+    report = json.loads(path.read_text())
+    assert report["sequences"] == 7 and report["settings"]["energy"] == "earm last"
+    assert "source sentence is given" in capsys.readouterr().out
+    row = report["joint"][0]
+    assert row["nll_lower"] <= row["nll_upper"] < row["nll_lower"] + 0.05
+    run(tiny.data, tiny.a, "--json", path)
+    assert json.loads(path.read_text())["base"] == report["base"]
+    run(tiny.data, tiny.a, "--energy", "earm", "--energy-step", "post", "--samples", 300, "--json", path, "--max-len-b", 5)
+    assert json.loads(path.read_text())["joint"][0]["nll_upper"] != row["nll_upper"]
