@@ -22,18 +22,19 @@ sys.path.insert(0, str(ROOT / "examples"))
 from steps import Step, run_steps  # noqa: E402
 
 PREFIX, LENGTH = 40, 64
-SEQUENCES, SAMPLES = 400, 500  # of the test set, and of each sequence for log Z
-SIZE = ["--decoder-layers", "2", "--decoder-embed-dim", "128", "--decoder-ffn-embed-dim", "512", "--decoder-attention-heads", "4"]
+SEQUENCES, SAMPLES = 400, 400  # of the test set, and of each sequence for log Z
 # As many parameters as the base model and an energy network together.
-BALM_SIZE = ["--decoder-layers", "2", "--decoder-embed-dim", "200", "--decoder-ffn-embed-dim", "800", "--decoder-attention-heads", "4"]
-ENCODER_SIZE = [flag.replace("decoder", "encoder") for flag in SIZE]
+BALM_SIZE = ["--decoder-embed-dim", "200", "--decoder-ffn-embed-dim", "800"]
+ENCODER_SIZE = [
+    "--encoder-layers", "2", "--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512", "--encoder-attention-heads", "4",
+]
 TRAINING = [
     "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr-scheduler", "polynomial_decay", "--clip-norm", "1",
     "--cpu", "--log-interval", "100", "--log-format", "simple", "--no-progress-bar", "--no-epoch-checkpoints", "--num-workers", "1",
 ]
-PRETRAINING = [*TRAINING, "--lr", "2e-3", "--warmup-updates", "400", "--total-num-update", "4530", "--max-epoch", "4"]
+PRETRAINING = [*TRAINING, "--lr", "2e-3", "--warmup-updates", "400", "--total-num-update", "3400", "--max-epoch", "3"]
 LANGUAGE_MODEL = [
-    "--task", "language_modeling", "--criterion", "cross_entropy", "--share-decoder-input-output-embed", "--dropout", "0.1",
+    "--task", "language_modeling", "--criterion", "cross_entropy", "--dropout", "0.1",
     "--tokens-per-sample", str(LENGTH), "--sample-break-mode", "none", "--max-tokens", "2048", *PRETRAINING,
 ]
 MASKED_LANGUAGE_MODEL = [
@@ -49,9 +50,9 @@ ENERGY = [
 ]
 # Learning rates: from scratch a network takes a larger one than from a pre-trained start.
 ENERGIES = {
-    "unit": ["--arch", "energy_transformer_unit", *SIZE, "--lr", "5e-4"],
-    "bit": ["--arch", "energy_transformer_bit", *ENCODER_SIZE, "--max-positions", "128", "--lr", "1e-3"],
-    "bit-mlm": ["--arch", "energy_transformer_bit", *ENCODER_SIZE, "--max-positions", "128", "--lr", "5e-4"],
+    "unit": ["--arch", "unit_tiny", "--lr", "5e-4"],
+    "bit": ["--arch", "bit_tiny", "--max-positions", "128", "--lr", "1e-3"],
+    "bit-mlm": ["--arch", "bit_tiny", "--max-positions", "128", "--lr", "5e-4"],
 }
 NAMES = {
     "base": "BASE LM", "balm": "BALM (as many parameters as BASE + energy)", "ralm": "RALM", "unit": "joint UNIT",
@@ -75,14 +76,14 @@ class Experiment:
         first, steps = seeds[0], []
         for seed in seeds:
             names = list(ENERGIES) if seed == first else ["bit-mlm"]
-            steps += [self._train("base", seed, ["--arch", "transformer_lm", *SIZE, *LANGUAGE_MODEL])]
+            steps += [self._train("base", seed, ["--arch", "transformer_lm_residual_tiny", *LANGUAGE_MODEL])]
             steps += [self._train("mlm", seed, MASKED_LANGUAGE_MODEL)]
             steps += [self._energy(name, seed) for name in names]
             steps += [self._perplexity("base", seed), *[self._perplexity(name, seed, energy=True) for name in names]]
         base = ["--base-lm", str(self._checkpoint("base", first))]
-        steps += [self._train("balm", first, ["--arch", "transformer_lm", *BALM_SIZE, *LANGUAGE_MODEL])]
+        steps += [self._train("balm", first, ["--arch", "transformer_lm_residual_tiny", *BALM_SIZE, *LANGUAGE_MODEL])]
         steps += [
-            self._train("ralm", first, ["--arch", "residual_transformer_lm", *base, *SIZE, *LANGUAGE_MODEL], needs=["base"])
+            self._train("ralm", first, ["--arch", "residual_transformer_lm_tiny", *base, *LANGUAGE_MODEL], needs=["base"])
         ]
         return [*steps, self._perplexity("balm", first), self._perplexity("ralm", first)]
 
