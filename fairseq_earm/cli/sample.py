@@ -23,6 +23,8 @@ from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.store import BREAK_MODES, DTYPES, PIECE, SETTINGS, dictionary_hash, shard_sequences
 from fairseq_earm.sampling.store_writer import StoreWriter
 
+Draw = Callable[[Tensor, int], Tensor]
+
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; says what there was to do and what was done."""
@@ -48,7 +50,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         _draw_missing(writer, blocks, _continue(args, model, dictionary, device))
         writer.finish()
     prefixes = len(shard_sequences(settings))
-    print(f"{writer.prefix}: {args.samples} samples for each of {prefixes:,} prefixes; {blocks.skipped:,} shorter sequences skipped")
+    skipped = f"{blocks.skipped:,} shorter sequences skipped"
+    print(f"{writer.prefix}: {args.samples} samples for each of {prefixes:,} prefixes; {skipped}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,12 +144,13 @@ def _file_hash(path: str) -> str:
 
 
 def _model(args: argparse.Namespace, dictionary: Dictionary, device: torch.device):
-    data = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary, args=argparse.Namespace(data=args.data))
+    settings = argparse.Namespace(data=args.data)
+    data = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary, args=settings)
     dtype = getattr(torch, args.dtype)
     return load_base_lm(args.path, data, flag="--path", sequence_length=args.sequence_length, dtype=dtype).to(device).model
 
 
-def _continue(args: argparse.Namespace, model, dictionary: Dictionary, device: torch.device) -> Callable[[Tensor, int], Tensor]:
+def _continue(args: argparse.Namespace, model, dictionary: Dictionary, device: torch.device) -> Draw:
     """A function (prefixes (B, P), number of the first) → (B · N, T) tokens, with random numbers of each batch's own."""
     sampler = ContinuationSampler(
         dictionary, args.sequence_length - args.prefix_length,
@@ -164,14 +168,15 @@ def _continue(args: argparse.Namespace, model, dictionary: Dictionary, device: t
             ) from None
         if not drawn.log_q.isfinite().all():
             raise UsageError(
-                f"--path {args.path}: under --dtype {args.dtype} its probabilities are no numbers; try float32, or another checkpoint"
+                f"--path {args.path}: under --dtype {args.dtype} its probabilities are no numbers; try float32, or another "
+                "checkpoint"
             )
         return drawn.tokens
 
     return draw
 
 
-def _draw_missing(writer: StoreWriter, blocks: Blocks, draw: Callable[[Tensor, int], Tensor]) -> None:
+def _draw_missing(writer: StoreWriter, blocks: Blocks, draw: Draw) -> None:
     """Draw and keep every chunk that is not there yet."""
     settings, missing = writer.settings, writer.missing()
     total = len(shard_sequences(settings)) * settings["samples"]

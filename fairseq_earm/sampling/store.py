@@ -50,7 +50,11 @@ def _integer(flag: str, low: int, high: int = 2**62, also: int = 0) -> Field:
     description = f"{low} or more" if high == 2**62 else f"from {low} to {high}"
     if also:
         description += f", or {also}"
-    return Field(lambda value: type(value) is int and (low <= value <= high or (also != 0 and value == also)), description, flag)
+
+    def allowed(value) -> bool:
+        return type(value) is int and (low <= value <= high or (also != 0 and value == also))
+
+    return Field(allowed, description, flag)
 
 
 def _choice(flag: str, *choices: str) -> Field:
@@ -282,10 +286,9 @@ def _records(path: str, flag: str) -> List[dict]:
     for shard, (name, record) in enumerate(zip(names, records)):
         if (record["shard_id"], record["num_shards"]) != (shard, counts[0]):
             raise UsageError(f"{name} is the record of shard {record['shard_id']} of {record['num_shards']}: it was renamed")
-        name_of_setting = first_unequal(record, records[0], besides=("shard_id",))
-        if name_of_setting:
-            flag_of_setting = SETTINGS[name_of_setting].flag
-            raise UsageError(f"{flag} {path}: shards 0 and {shard} differ in {flag_of_setting}: make one of them again")
+        difference = first_unequal(record, records[0], besides=("shard_id",))
+        if difference:
+            raise UsageError(f"{flag} {path}: shards 0 and {shard} differ in {SETTINGS[difference].flag}: make one of them again")
     return records
 
 
@@ -311,6 +314,7 @@ def _check_fits(what: str, record: dict, blocks: Blocks, dictionary, prefix_leng
     for name, value in expected.items():
         if record[name] == value:
             continue
+        flag = SETTINGS[name].flag
         if name.endswith("sha256"):
-            raise UsageError(f"{what}: {SETTINGS[name].flag} is another one than these samples were made with: make them again")
-        raise UsageError(f"{what}: made with {SETTINGS[name].flag} {record[name]}, here it is {value}: make them again, or change it")
+            raise UsageError(f"{what}: {flag} is another one than these samples were made with: make them again")
+        raise UsageError(f"{what}: made with {flag} {record[name]}, here it is {value}: make them again, or change it")

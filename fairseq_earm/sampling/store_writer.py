@@ -71,7 +71,7 @@ class StoreWriter:
     def _check_name_is_free(self) -> None:
         for path in (f"{self.prefix}.bin", f"{self.prefix}.idx"):
             if os.path.exists(path):
-                raise UsageError(f"--output {self.prefix}: {path} exists and is no unfinished work of this command: give another name")
+                raise UsageError(f"--output: {path} exists and is no unfinished work of this command: give another folder")
 
     def __enter__(self) -> "StoreWriter":
         with self._clear_errors(), contextlib.ExitStack() as stack:

@@ -10,7 +10,6 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from fairseq.data import Dictionary
@@ -256,7 +255,15 @@ def test_output_beneath_a_file_is_one_line(text, tmp_path):
     assert "cannot be written (Not a directory)" in refusal(text, tmp_path / "file")
 
 
-def test_chunks_have_seeds_of_their_own():
+def test_chunks_have_seeds_of_their_own(text, tmp_path, monkeypatch):
+    original, used = ContinuationSampler.__call__, []
+
+    def noted(*args, generator, **kwargs):
+        used.append(generator.initial_seed())
+        return original(*args, generator=generator, **kwargs)
+
+    monkeypatch.setattr(ContinuationSampler, "__call__", noted)
+    run(text, tmp_path, "--seed", 5)
+    assert used == [sample._seed(5, first) for first in range(0, 30, 4)]
     seeds = {sample._seed(seed, first) for seed in range(30) for first in range(0, 3000, 10)}
     assert len(seeds) == 9000 and all(0 <= seed < 2**64 for seed in seeds)
-    assert sample._seed(1, 4) == int(np.random.SeedSequence([1, 4]).generate_state(1, np.uint64)[0])

@@ -64,6 +64,11 @@ def test_what_gives_no_sequence_is_said_in_one_line(text, tmp_path):
         load(text, sequence_length=0)
     with pytest.raises(UsageError, match="nosplit: there is no such split"):
         load(text, "nosplit")
+    (tmp_path / "empty.txt").write_text("")
+    where = ["--srcdict", text.data / "dict.txt", "--destdir", tmp_path / "empty", "--dataset-impl", "cached"]
+    command("preprocess", "--only-source", "--trainpref", tmp_path / "empty.txt", *where, "--workers", 1)
+    with pytest.raises(UsageError, match="train holds no text"):
+        load(type(text)(data=tmp_path / "empty"))
     shutil.copytree(text.data, tmp_path / "data")
     (tmp_path / "data" / "train.idx").write_bytes((text.data / "train.idx").read_bytes()[:20])
     with pytest.raises(UsageError, match="train.idx or .bin is damaged"):

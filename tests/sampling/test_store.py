@@ -1,8 +1,6 @@
-"""Pre-generated negatives: what is written is what is read, or else an error of one line."""
+"""Pre-generated negatives: what was written is what is read, or else an error of one line."""
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import pickle
@@ -10,7 +8,6 @@ import shutil
 import zlib
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,84 +18,12 @@ from hypothesis import strategies as st
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.blocks import load_blocks
-from fairseq_earm.sampling.store import SETTINGS, SampleStore, chunk_starts, dictionary_hash, shard_sequences
-from fairseq_earm.sampling.store_writer import StoreWriter
+from fairseq_earm.sampling.store import chunk_starts, shard_sequences
+from tests.sampling.stored import (  # noqa: F401
+    ENDINGS, LENGTH, PREFIX, SAMPLES, copy_of, files, finished, open_store, refusal, tokens_of, world, write, writer_of,
+)
 
 EXAMPLES = int(os.environ.get("FAIRSEQ_EARM_FUZZ", 400))
-PREFIX, LENGTH, SAMPLES = 8, 12, 5
-ENDINGS = ("bin", "idx", "json")
-
-
-@pytest.fixture(scope="module")
-def world(text):
-    """The text's sequences, and the settings of a store for them; test is the split with 20 sequences or so."""
-    dictionary = Dictionary.load(str(text.data / "dict.txt"))
-    blocks = load_blocks(str(text.data / "test"), dictionary, sequence_length=LENGTH)
-    made = {
-        "split": "test", "dictionary_sha256": dictionary_hash(dictionary), "prefix_length": PREFIX, "sequence_length": LENGTH,
-        "sample_break_mode": "none", "sequences": len(blocks), "text_sha256": blocks.fingerprint(), "checkpoint_sha256": "0" * 64,
-        "samples": SAMPLES, "temperature": 1.0, "sampling_topk": -1, "sampling_topp": -1.0, "seed": 1, "batch_size": 3,
-        "dtype": "float32", "device": "cpu", "num_shards": 1, "shard_id": 0,
-    }
-    assert len(blocks) % 3 and len(blocks) > 12
-    return SimpleNamespace(data=text.data, dictionary=dictionary, blocks=blocks, settings=made)
-
-
-def writer_of(world, path, **changes):
-    return StoreWriter(str(path), {**world.settings, **changes}, checkpoint="base.pt", dictionary_size=len(world.dictionary))
-
-
-def tokens_of(world, sequences):
-    """What is "drawn" for these sequences here: numbers that tell sequences, samples and positions apart."""
-    rows = [np.random.default_rng(index).integers(4, len(world.dictionary), (SAMPLES, LENGTH - PREFIX)) for index in sequences]
-    return torch.from_numpy(np.stack(rows)).flatten(0, 1)
-
-
-def write(world, path, chunks=None, **changes):
-    """Write what is missing, at most so many chunks; how many were."""
-    writer = writer_of(world, path, **changes)
-    if writer.finished:
-        return 0
-    with writer:
-        missing = writer.missing()[:chunks]
-        for first in missing:
-            writer.add(first, tokens_of(world, writer.chunk(first)))
-        if not writer.missing():
-            writer.finish()
-    return len(missing)
-
-
-def open_store(world, path, blocks=None, prefix_length=PREFIX, dictionary=None):
-    dictionary = dictionary or world.dictionary
-    return SampleStore.open(str(path), blocks or world.blocks, dictionary=dictionary, prefix_length=prefix_length)
-
-
-@pytest.fixture(scope="module")
-def finished(world, tmp_path_factory):
-    """Path of a finished store that no test changes."""
-    path = tmp_path_factory.mktemp("store") / "test"
-    write(world, path)
-    return path
-
-
-def files(path):
-    """{name: content} of everything beside and beneath a path's folder."""
-    folder = Path(path).parent
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def copy_of(path, folder):
-    for ending in ENDINGS:
-        shutil.copy(f"{path}.{ending}", folder)
-    return folder / path.name
-
-
-def refusal(act, *args, **kwargs):
-    """The one line with which something is refused."""
-    with pytest.raises(UsageError) as error:
-        act(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_what_is_written_is_read(world, finished):
@@ -146,140 +71,6 @@ def test_every_sequence_is_in_one_chunk_of_one_shard():
         assert [index for shard in shards for index in shard_sequences(shard)] == list(range(sequences))
         assert [first for shard in shards for first in chunk_starts(shard)] == list(range(0, sequences, batch_size))
         assert all(len(shard_sequences(shard)) > 0 for shard in shards)
-
-
-@pytest.mark.parametrize("chunks", [1, 2, 6])
-def test_goes_on_after_some_chunks(world, finished, tmp_path, chunks):
-    total = len(chunk_starts(world.settings))
-    assert write(world, tmp_path / "test", chunks) == chunks
-    assert "test.json" not in files(tmp_path / "test")
-    assert "unfinished" in refusal(open_store, world, tmp_path / "test")
-    assert write(world, tmp_path / "test") == total - chunks
-    assert files(tmp_path / "test") == files(finished)
-    assert write(world, tmp_path / "test") == 0
-
-
-class Killed(BaseException):
-    """What nothing catches."""
-
-
-def killed_at(monkeypatch, name, number, after):
-    """os.<name> raises `Killed` at its call of this number, before or after it does its work."""
-    original, calls = getattr(os, name), [0]
-
-    def call(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == number and not after:
-            raise Killed
-        original(*args, **kwargs)
-        if calls[0] == number:
-            raise Killed
-
-    monkeypatch.setattr(os, name, call)
-    return calls
-
-
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("name", ["fsync", "replace", "remove", "rmdir"])
-def test_killed_at_any_step_the_output_is_the_same(world, finished, tmp_path, monkeypatch, name, after):
-    with monkeypatch.context() as patch:
-        calls = killed_at(patch, name, -1, after)
-        write(world, tmp_path / "count" / "test")
-    assert calls[0] >= 1
-    for number in range(1, calls[0] + 1):
-        path = tmp_path / str(number) / "test"
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            killed_at(patch, name, number, after)
-            write(world, path)
-        left = writer_of(world, path)
-        if left.finished:
-            left.remove_parts()
-        else:
-            write(world, path)
-        assert files(path) == files(finished), (name, number)
-
-
-def test_a_part_cut_short_is_drawn_again(world, finished, tmp_path):
-    write(world, tmp_path / "test", 3)
-    part = tmp_path / "test.parts" / "part-3"
-    part.write_bytes(part.read_bytes()[:-1])
-    assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
-    assert files(tmp_path / "test") == files(finished)
-
-
-OTHER = {
-    "split": "valid", "dictionary_sha256": "1" * 64, "prefix_length": 7, "sequence_length": 13, "sample_break_mode": "eos",
-    "sequences": 9, "text_sha256": "1" * 64, "checkpoint_sha256": "1" * 64, "samples": 6, "temperature": 2.0, "sampling_topk": 3,
-    "sampling_topp": 0.5, "seed": 2, "batch_size": 4, "dtype": "float16", "device": "cuda",
-}
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_other_settings_are_refused_by_name(world, finished, tmp_path, name):
-    write(world, tmp_path / "test", 1)
-    before = files(tmp_path / "test")
-    for path in (tmp_path / "test", finished):
-        message = refusal(writer_of, world, path, **{name: OTHER[name]})
-        assert "made with other settings: " + SETTINGS[name].flag in message and "delete" in message
-        if not name.endswith("sha256"):
-            assert f"{world.settings[name]}, this is {OTHER[name]};" in message
-    assert files(tmp_path / "test") == before
-
-
-def test_the_first_difference_is_named(world, finished):
-    assert "--samples 5, this is 9" in refusal(writer_of, world, finished, seed=7, samples=9)
-
-
-def test_every_setting_was_compared():
-    assert set(OTHER) | {"num_shards", "shard_id"} == set(SETTINGS)
-
-
-def test_settings_without_a_finished_chunk_may_change(world, tmp_path):
-    write(world, tmp_path / "test", 0)
-    write(world, tmp_path / "test", seed=2)
-    assert open_store(world, tmp_path / "test").record["seed"] == 2
-
-
-def test_nothing_that_is_not_ours_is_overwritten_or_removed(world, tmp_path):
-    (tmp_path / "a.bin").write_text("mine")
-    assert "a.bin exists" in refusal(writer_of, world, tmp_path / "a")
-    (tmp_path / "b.parts").mkdir()
-    (tmp_path / "b.parts" / "notes").write_text("mine")
-    write(world, tmp_path / "b")
-    assert [name.name for name in (tmp_path / "b.parts").iterdir()] == ["notes"]
-
-
-def test_two_processes_cannot_write_the_same(world, tmp_path):
-    write(world, tmp_path / "test", 1)
-    with open(tmp_path / "test.parts" / "lock") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        assert "another process" in refusal(write, world, tmp_path / "test")
-    assert write(world, tmp_path / "test") > 0
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing(world, finished, tmp_path, monkeypatch):
-    write(world, tmp_path / "test", 2)
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        message = refusal(write, world, tmp_path / "test")
-    assert "--output" in message and "No space left on device" in message
-    assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
-    assert files(tmp_path / "test") == files(finished)
-
-
-def test_where_nothing_can_be_written_is_one_line(world, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "cannot be written (Not a directory)" in refusal(write, world, tmp_path / "file" / "test")
-
-
-def test_a_finished_shard_that_was_damaged_is_not_called_finished(world, finished, tmp_path):
-    path = copy_of(finished, tmp_path)
-    os.truncate(f"{path}.bin", 10)
-    assert "test.bin has 10 bytes" in refusal(writer_of, world, path)
 
 
 def test_samples_for_other_data_are_refused(world, finished):

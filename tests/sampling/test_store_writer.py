@@ -1,0 +1,150 @@
+"""Writing pre-generated negatives: killed at any step, the output is the same; refused, nothing is lost."""
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+import pytest
+
+from fairseq_earm.sampling.store import SETTINGS, chunk_starts
+from tests.sampling.stored import copy_of, files, finished, open_store, refusal, world, write, writer_of  # noqa: F401
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 6])
+def test_goes_on_after_some_chunks(world, finished, tmp_path, chunks):
+    total = len(chunk_starts(world.settings))
+    assert write(world, tmp_path / "test", chunks) == chunks
+    assert "test.json" not in files(tmp_path / "test")
+    assert "unfinished" in refusal(open_store, world, tmp_path / "test")
+    assert write(world, tmp_path / "test") == total - chunks
+    assert files(tmp_path / "test") == files(finished)
+    assert write(world, tmp_path / "test") == 0
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def killed_at(monkeypatch, name, number, after):
+    """os.<name> raises `Killed` at its call of this number, before or after it does its work."""
+    original, calls = getattr(os, name), [0]
+
+    def call(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == number and not after:
+            raise Killed
+        original(*args, **kwargs)
+        if calls[0] == number:
+            raise Killed
+
+    monkeypatch.setattr(os, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", ["fsync", "replace", "remove", "rmdir"])
+def test_killed_at_any_step_the_output_is_the_same(world, finished, tmp_path, monkeypatch, name, after):
+    with monkeypatch.context() as patch:
+        calls = killed_at(patch, name, -1, after)
+        write(world, tmp_path / "count" / "test")
+    assert calls[0] >= 1
+    for number in range(1, calls[0] + 1):
+        path = tmp_path / str(number) / "test"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, name, number, after)
+            write(world, path)
+        left = writer_of(world, path)
+        if left.finished:
+            left.remove_parts()
+        else:
+            write(world, path)
+        assert files(path) == files(finished), (name, number)
+
+
+def test_a_part_cut_short_is_drawn_again(world, finished, tmp_path):
+    write(world, tmp_path / "test", 3)
+    part = tmp_path / "test.parts" / "part-3"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
+    assert files(tmp_path / "test") == files(finished)
+
+
+OTHER = {
+    "split": "valid", "dictionary_sha256": "1" * 64, "prefix_length": 7, "sequence_length": 13, "sample_break_mode": "eos",
+    "sequences": 9, "text_sha256": "1" * 64, "checkpoint_sha256": "1" * 64, "samples": 6, "temperature": 2.0, "sampling_topk": 3,
+    "sampling_topp": 0.5, "seed": 2, "batch_size": 4, "dtype": "float16", "device": "cuda",
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_settings_are_refused_by_name(world, finished, tmp_path, name):
+    write(world, tmp_path / "test", 1)
+    before = files(tmp_path / "test")
+    for path in (tmp_path / "test", finished):
+        message = refusal(writer_of, world, path, **{name: OTHER[name]})
+        assert "made with other settings: " + SETTINGS[name].flag in message and "delete" in message
+        if not name.endswith("sha256"):
+            assert f"{world.settings[name]}, this is {OTHER[name]};" in message
+    assert files(tmp_path / "test") == before
+
+
+def test_the_first_difference_is_named(world, finished):
+    assert "--samples 5, this is 9" in refusal(writer_of, world, finished, seed=7, samples=9)
+
+
+def test_every_setting_was_compared():
+    assert set(OTHER) | {"num_shards", "shard_id"} == set(SETTINGS)
+
+
+def test_settings_without_a_finished_chunk_may_change(world, tmp_path):
+    write(world, tmp_path / "test", 0)
+    write(world, tmp_path / "test", seed=2)
+    assert open_store(world, tmp_path / "test").record["seed"] == 2
+
+
+def test_nothing_that_is_not_ours_is_overwritten_or_removed(world, tmp_path):
+    (tmp_path / "a.bin").write_text("mine")
+    assert "a.bin exists" in refusal(writer_of, world, tmp_path / "a")
+    (tmp_path / "b.parts").mkdir()
+    (tmp_path / "b.parts" / "notes").write_text("mine")
+    write(world, tmp_path / "b")
+    assert [name.name for name in (tmp_path / "b.parts").iterdir()] == ["notes"]
+
+
+def test_two_processes_cannot_write_the_same(world, tmp_path):
+    write(world, tmp_path / "test", 1)
+    with open(tmp_path / "test.parts" / "lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another process" in refusal(write, world, tmp_path / "test")
+    assert write(world, tmp_path / "test") > 0
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(world, finished, tmp_path, monkeypatch):
+    write(world, tmp_path / "test", 2)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        message = refusal(write, world, tmp_path / "test")
+    assert "--output" in message and "No space left on device" in message
+    assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
+    assert files(tmp_path / "test") == files(finished)
+
+
+def test_a_record_that_cannot_be_read_is_one_line(world, tmp_path):
+    (tmp_path / "test.json").mkdir()
+    assert "test.json cannot be read: Is a directory" in refusal(writer_of, world, tmp_path / "test")
+
+
+def test_where_nothing_can_be_written_is_one_line(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written (Not a directory)" in refusal(write, world, tmp_path / "file" / "test")
+
+
+def test_a_finished_shard_that_was_damaged_is_not_called_finished(world, finished, tmp_path):
+    path = copy_of(finished, tmp_path)
+    os.truncate(f"{path}.bin", 10)
+    assert "test.bin has 10 bytes" in refusal(writer_of, world, path)
