@@ -2,6 +2,8 @@
 import logging
 import math
 
+from fairseq.models import ARCH_MODEL_REGISTRY
+
 from fairseq_earm.errors import UsageError
 from fairseq_earm.models.energy_transformer import EnergyModel
 
@@ -40,9 +42,8 @@ def check_proposal(temperature: float, topk: int, topp: float, *, symbols: int) 
         raise UsageError(f"--negatives-topk {topk} and --negatives-topp {topp}: give one of the two")
 
 
-def check_energy_network(model) -> None:
-    """Refuse to train what has no energy (UsageError)."""
-    if not isinstance(model, EnergyModel):
-        raise UsageError(
-            f"--arch: {type(model).__name__} is no energy network; give one such as bit_base or unit, with --criterion residual_nce"
-        )
+def check_energy_network(cfg) -> None:
+    """Refuse a model's configuration that is to be trained and is no energy network's (UsageError)."""
+    name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
+    if not issubclass(ARCH_MODEL_REGISTRY.get(name, object), EnergyModel):
+        raise UsageError(f"--arch {name} is no energy network; give one such as bit_base or unit, with --criterion residual_nce")

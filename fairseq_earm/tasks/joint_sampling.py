@@ -5,15 +5,16 @@ from typing import Optional
 
 import numpy as np
 import torch
+from fairseq import utils
 from fairseq.data import IdDataset, ListDataset, NestedDictionaryDataset, NumelDataset, PadDataset
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.configs import GenerationConfig
-from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel
-from omegaconf import II
+from omegaconf import II, DictConfig
 
 from fairseq_earm.errors import UsageError
-from fairseq_earm.joint_generation import JointGenerator, chunk_of
+from fairseq_earm.joint_generation import JointGenerator, check_prefix, chunk_of
 from fairseq_earm.models.load_energy import load_energy
+from fairseq_earm.sampling.base_lm import load_base_lm
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +63,32 @@ class JointSampling:
         super().add_args(parser)
         parser.set_defaults(beam=1)
 
+    def check_base(self) -> None:
+        """When generating, refuse a `--path` that is no base for this data, before fairseq trips over it.
+
+        fairseq loads that model by itself and without looking at dictionaries, so it is loaded here once more.
+
+        Raises:
+            UsageError: see `load_base_lm`.
+        """
+        # A task is not told of --path; what it is given is a part of all the settings.
+        settings = self.cfg._get_root() if isinstance(self.cfg, DictConfig) else {}
+        if "generation" not in settings or not settings.generation.sampling or settings.common_eval.path is None:
+            return
+        paths = utils.split_paths(settings.common_eval.path)
+        if len(paths) != 1:
+            raise UsageError(f"--path names {len(paths)} models: give the one base model")
+        load_base_lm(paths[0], self, flag="--path", sequence_length=self.cfg.sequence_length)
+
     def build_generator(self, models, args, *rest, **kwargs):
         """A `JointGenerator` by the flags.
 
         Raises:
-            UsageError: another model than one language model, an energy that does not fit it, flags without meaning here.
+            UsageError: an energy that does not fit the base, flags without meaning here.
         """
         cfg = self.cfg
         _check_flags(cfg, args)
-        base = _base(models)
+        base = models[0]
         energy = None
         if cfg.energy_path is not None:
             weights = next(base.parameters())
@@ -82,14 +100,14 @@ class JointSampling:
             chunk=cfg.energy_chunk or chunk_of(cfg.sequence_length, cfg.max_tokens), temperature=args.temperature,
             topk=args.sampling_topk, topp=args.sampling_topp, lenpen=0.0 if args.unnormalized else args.lenpen,
         )
-        self._check_prefix = generator.check_prefix
+        self.room = generator.room
         return generator
 
     def build_dataset_for_inference(self, src_tokens, src_lengths, **kwargs):
         """Lines as prefixes, without the end-of-sentence that reading them appended."""
         prefixes = [tokens[:-1] for tokens in src_tokens]
         sizes = np.array([len(prefix) for prefix in prefixes])
-        self._check_prefix(int(sizes.max()))
+        check_prefix(int(sizes.max()), self.cfg.sequence_length - self.cfg.prefix_length, self.room)
         lines = ListDataset(prefixes, sizes)
         inputs = {
             "src_tokens": PadDataset(lines, pad_idx=self.source_dictionary.pad(), left_pad=False),
@@ -115,23 +133,10 @@ def _check_flags(cfg, args) -> None:
     if idle:
         flag = f"--{idle[0].replace('_', '-')}"
         raise UsageError(f"{flag} means nothing to samples of {cfg.sequence_length - cfg.prefix_length} tokens: leave it out")
+    if cfg.energy_path is None and (cfg.energy_candidates, str(cfg.energy_select)) != (JointSamplingConfig.energy_candidates, "resample"):
+        raise UsageError("--energy-candidates and --energy-select choose by an energy: give its checkpoint as --energy-path")
     if cfg.energy_chunk < 0:
         raise UsageError(f"--energy-chunk {cfg.energy_chunk}: give 1 or more, or leave it out")
-
-
-def _base(models):
-    if len(models) != 1:
-        raise UsageError(f"--path names {len(models)} models: give the one base model")
-    model = models[0]
-    kind = type(model).__name__
-    if not isinstance(model, FairseqLanguageModel) or not isinstance(model.decoder, FairseqIncrementalDecoder):
-        raise UsageError(
-            f"--path is a {kind}: give the base, a language model (fairseq-train --task language_modeling), and the energy as "
-            "--energy-path"
-        )
-    if getattr(model.decoder, "adaptive_softmax", None) is not None:
-        raise UsageError(f"--path: this {kind} has an adaptive softmax, without logits to draw from")
-    return model
 
 
 def _check_lengths(cfg, trained) -> None:

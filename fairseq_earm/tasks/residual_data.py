@@ -13,12 +13,18 @@ class ResidualDataset(FairseqDataset):
 
     A batch is {"id": (B,), "nsentences", "ntokens", "net_input": {"src_tokens": (B, L)}, "target": (B, L − prefix_length),
     "split"}, the continuations being part of `src_tokens` too.
+
+    Args:
+        split: its name.
+        shuffle: whether neighbours in the text are kept out of one batch, as fairseq does with text of one length. In
+            evaluation the order is the text's, so that a batch, and with it its negatives, depends on no seed.
     """
 
-    def __init__(self, blocks: Blocks, prefix_length: int, split: str):
+    def __init__(self, blocks: Blocks, prefix_length: int, split: str, *, shuffle: bool):
         self.blocks = blocks
         self.prefix_length = prefix_length
         self.split = split
+        self.shuffle = shuffle
         self.sizes = blocks.sizes
 
     def __len__(self) -> int:
@@ -50,8 +56,7 @@ class ResidualDataset(FairseqDataset):
         return self.sizes[indices]
 
     def ordered_indices(self) -> np.ndarray:
-        """Shuffled, as fairseq shuffles text of one length: neighbours in the text do not share a batch."""
-        return np.random.permutation(len(self))
+        return np.random.permutation(len(self)) if self.shuffle else np.arange(len(self))
 
     @property
     def supports_prefetch(self) -> bool:

@@ -88,6 +88,7 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
         self.dictionary = dictionary
         self.energy_pad = dictionary.pad()
         self.source = None  # of negatives, in training
+        self.check_base()
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
@@ -116,7 +117,7 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
         )
         if isinstance(self.source, StoredContinuations):
             self._open_store(split, blocks)
-        self.datasets[split] = ResidualDataset(blocks, self.cfg.prefix_length, split)
+        self.datasets[split] = ResidualDataset(blocks, self.cfg.prefix_length, split, shuffle=split == self.cfg.train_subset)
 
     def _open_store(self, split: str, blocks) -> None:
         path = os.path.join(self.cfg.negatives, split)
@@ -125,10 +126,10 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
 
     def build_model(self, cfg, from_checkpoint=False):
         """The stock method; what is to be trained must be an energy network with a position for every token."""
-        model = super().build_model(cfg, from_checkpoint)
         if from_checkpoint:
-            return model
-        check_energy_network(model)
+            return super().build_model(cfg, from_checkpoint)
+        check_energy_network(cfg)
+        model = super().build_model(cfg, from_checkpoint)
         if self.cfg.sequence_length > model.max_positions():
             raise UsageError(
                 f"--sequence-length {self.cfg.sequence_length}: the energy network reads {model.max_positions()} tokens at most; "

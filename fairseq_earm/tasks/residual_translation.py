@@ -82,11 +82,11 @@ class ResidualTranslationTask(ExactBatches, TranslationTask):
 
     def build_model(self, cfg, from_checkpoint=False):
         """The stock method; what is to be trained must be an energy network."""
-        if self.cfg.eval_bleu and not from_checkpoint:
-            raise UsageError("--eval-bleu: an energy network writes no translations; leave the flag out")
-        model = super().build_model(cfg, from_checkpoint)
         if not from_checkpoint:
-            check_energy_network(model)
+            check_energy_network(cfg)
+            if self.cfg.eval_bleu:
+                raise UsageError("--eval-bleu: an energy network writes no translations; leave the flag out")
+        model = super().build_model(cfg, from_checkpoint)
         self.longest = model.max_positions()
         return model
 
