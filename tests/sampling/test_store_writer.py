@@ -1,12 +1,16 @@
 """Writing pre-generated negatives: killed at any step, the output is the same; refused, nothing is lost."""
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import functools
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from fairseq_earm.sampling import store_writer
 from fairseq_earm.sampling.store import SETTINGS, chunk_starts
 from tests.sampling.stored import copy_of, files, finished, open_store, refusal, world, write, writer_of  # noqa: F401
 
@@ -42,17 +46,45 @@ def killed_at(monkeypatch, name, number, after):
     return calls
 
 
+def torn_at(monkeypatch, _, number, after):
+    """The writing of a file raises `Killed` at its call of this number, with half of it or all of it on disk."""
+    calls = [0]
+
+    def opened(path, mode="r"):
+        file = open(path, mode)
+        if mode == "wb":
+            file = SimpleNamespace(write=functools.partial(tear, file.write), flush=file.flush, fileno=file.fileno, close=file.close)
+            return contextlib.closing(file)
+        return file
+
+    def tear(write_all, data):
+        calls[0] += 1
+        write_all(data[: len(data) // 2] if calls[0] == number and not after else data)
+        if calls[0] == number:
+            raise Killed
+
+    monkeypatch.setattr(store_writer, "open", opened, raising=False)
+    return calls
+
+
+STEPS = {"fsync": killed_at, "replace": killed_at, "remove": killed_at, "rmdir": killed_at, "write": torn_at}
+
+
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("name", ["fsync", "replace", "remove", "rmdir"])
+@pytest.mark.parametrize("name", STEPS)
 def test_killed_at_any_step_the_output_is_the_same(world, finished, tmp_path, monkeypatch, name, after):
+    """Also in a run that goes on after another one."""
+    kill = STEPS[name]
     with monkeypatch.context() as patch:
-        calls = killed_at(patch, name, -1, after)
+        write(world, tmp_path / "count" / "test", 2)
+        calls = kill(patch, name, -1, after)
         write(world, tmp_path / "count" / "test")
     assert calls[0] >= 1
     for number in range(1, calls[0] + 1):
         path = tmp_path / str(number) / "test"
+        write(world, path, 2)
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            killed_at(patch, name, number, after)
+            kill(patch, name, number, after)
             write(world, path)
         left = writer_of(world, path)
         if left.finished:
