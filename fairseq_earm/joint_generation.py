@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -142,8 +141,6 @@ class JointGenerator:
         self.room = min(_positions(base), math.inf if energy is None else _positions(energy)) - length
         self._random: Optional[torch.Generator] = None
         self.sample_sizes: List[float] = []
-        # Neither command tells its generator that it is done: the report comes when they let go of it.
-        weakref.finalize(self, _report, self.sample_sizes, self.candidates)
 
     @torch.no_grad()
     def generate(self, models: Sequence, sample: dict, prefix_tokens: Optional[Tensor] = None, **kwargs) -> Hypotheses:
@@ -159,13 +156,17 @@ class JointGenerator:
         rows = sample["net_input"]["src_tokens"]
         prefixes = rows[:, :0] if prefix_tokens is None else prefix_tokens.to(rows)
         lengths = prefixes.ne(self.pad).sum(1)
-        self.check_prefix(int(lengths.max()))
+        check_prefix(int(lengths.max()), self.sampler.length, self.room)
         hypotheses: Hypotheses = [[] for _ in range(prefixes.size(0))]
+        sample_sizes: List[float] = []
         for length in lengths.unique().tolist():
             alike = lengths.eq(length).nonzero().squeeze(1)
             candidates = self._draw(models[0], prefixes[alike, :length])
+            sample_sizes += effective_sample_size(candidates.neg_energies.double(), 1).tolist()
             for row, hypothesis in zip(alike.tolist(), self._choose(candidates)):
                 hypotheses[row] = hypothesis
+        if self.energy is not None:
+            self._report(sample_sizes)
         return hypotheses
 
     def _draw(self, base, prefixes: Tensor) -> Candidates:
@@ -179,8 +180,6 @@ class JointGenerator:
     def _choose(self, candidates: Candidates) -> Hypotheses:
         """The `nbest` hypotheses of each row."""
         scores = candidates.joint_scores()
-        if self.energy is not None:
-            self._note(effective_sample_size(candidates.neg_energies.double(), 1).tolist())
         if self.select == "best":
             order = scores.argsort(1, descending=True)
         else:
@@ -195,8 +194,8 @@ class JointGenerator:
         nothing = tokens.new_empty(0)
         return {"tokens": tokens, "score": score, "positional_scores": log_q, "attention": nothing, "alignment": nothing}
 
-    def _note(self, sample_sizes: List[float]) -> None:
-        """Keep effective sample sizes for the report, and warn of the first low one."""
+    def _report(self, sample_sizes: List[float]) -> None:
+        """Log effective sample sizes so far: neither command tells its generator when it is done."""
         low_before = any(size < LOW_SAMPLE_SIZE for size in self.sample_sizes)
         self.sample_sizes += sample_sizes
         if min(sample_sizes) < LOW_SAMPLE_SIZE and not low_before:
@@ -205,14 +204,19 @@ class JointGenerator:
                 "the joint model; raise --energy-candidates, or train a less extreme energy",
                 min(sample_sizes), self.candidates, LOW_SAMPLE_SIZE,
             )
+        logger.info(
+            "effective sample size of %d candidates: mean %.1f, least %.1f, over %d prefixes so far",
+            self.candidates, sum(self.sample_sizes) / len(self.sample_sizes), min(self.sample_sizes), len(self.sample_sizes),
+        )
 
-    def check_prefix(self, length: int) -> None:
-        """Refuse a prefix that leaves no room for the continuation."""
-        if length > self.room:
-            raise UsageError(
-                f"a prefix of {length} tokens leaves no room for {self.sampler.length} more: the models of --path and --energy-path "
-                f"have positions for {self.room} before them; give a shorter one"
-            )
+
+def check_prefix(prefix_length: int, length: int, room: int) -> None:
+    """Refuse a prefix that leaves no room for `length` more tokens, see `JointGenerator.room`."""
+    if prefix_length > room:
+        raise UsageError(
+            f"a prefix of {prefix_length} tokens leaves no room for {length} more: with --path and --energy-path it can have "
+            f"{room} at most; give a shorter one"
+        )
 
 
 def _positions(model) -> float:
@@ -223,11 +227,3 @@ def _positions(model) -> float:
 def chunk_of(sequence_length: int, max_tokens: Optional[int] = None) -> int:
     """How many sequences make `max_tokens` tokens, at least one."""
     return max(1, (max_tokens or DEFAULT_TOKENS) // sequence_length)
-
-
-def _report(sample_sizes: List[float], candidates: int) -> None:
-    if sample_sizes:
-        logger.info(
-            "effective sample size of %d candidates: mean %.1f, least %.1f, over %d prefixes",
-            candidates, sum(sample_sizes) / len(sample_sizes), min(sample_sizes), len(sample_sizes),
-        )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fairseq_earm  # noqa: F401  (mends the installed versions)
-from tests import tiny_language, tiny_translation
+from tests import tiny_energy, tiny_language, tiny_translation
 
 torch.set_num_threads(1)
 
@@ -29,3 +29,9 @@ def tiny(tmp_path_factory):
 def text(tmp_path_factory):
     """Binarised monolingual text and a language model trained on it, see `tiny_language.build_text`."""
     return tiny_language.build_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def energy(text, tmp_path_factory):
+    """Checkpoint of an energy network trained on the residual of `text.base`, see `tiny_energy.build_energy`."""
+    return tiny_energy.build_energy(text, tmp_path_factory.mktemp("energy"))
