@@ -68,7 +68,7 @@ def draw_candidates(
             shape = (rows.size(0), samples)
             neg_energies = drawn.log_q.new_zeros(shape)
             if energy is not None:
-                neg_energies = -_finite(energy(prefix_continuation(rows, drawn.tokens))).view(shape)
+                neg_energies = -finite(energy(prefix_continuation(rows, drawn.tokens))).view(shape)
             bar.update(rows.size(0) * samples)
             return Candidates(drawn.tokens.view(*shape, -1), drawn.log_q.view(*shape, -1), neg_energies)
 
@@ -83,7 +83,8 @@ def _concatenate(parts: Sequence[Candidates], dim: int) -> Candidates:
     return Candidates(*(torch.cat(tensors, dim) for tensors in zip(*parts)))
 
 
-def _finite(energies: Tensor) -> Tensor:
+def finite(energies: Tensor) -> Tensor:
+    """The energies, every one of them finite; a UsageError otherwise."""
     wrong = int((~energies.isfinite()).sum())
     if wrong:
         raise UsageError(
