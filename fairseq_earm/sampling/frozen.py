@@ -33,7 +33,7 @@ class FrozenModel:
 
 
 def load_frozen(path: str, task, *, flag: str, dtype: Optional[torch.dtype] = None) -> FrozenModel:
-    """Load the model of a checkpoint, to be used with the data of another task.
+    """Load the model of a checkpoint, to be used with the data of another task. No random numbers are used up.
 
     Args:
         path: a checkpoint of fairseq-train.
@@ -46,7 +46,8 @@ def load_frozen(path: str, task, *, flag: str, dtype: Optional[torch.dtype] = No
     if not os.path.isfile(path):
         raise UsageError(f"{flag} {path}: there is no such file; give a checkpoint of fairseq-train")
     try:
-        models, _, own_task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=_data(path, task))
+        with torch.random.fork_rng(devices=[]):  # its parameters are drawn at first
+            models, _, own_task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=_data(path, task))
     except (RuntimeError, KeyError, TypeError, AttributeError, EOFError, OSError, ValueError, UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"{flag} {path}: not a checkpoint that can be used with this data ({reason})") from error

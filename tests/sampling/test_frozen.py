@@ -25,6 +25,14 @@ def test_a_frozen_model_never_trains(text):
     assert not holder.state_dict() and not list(holder.parameters())
 
 
+def test_loading_uses_up_no_random_numbers(text):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    load_frozen(str(text.base), task_of(text.data), flag="--base-lm")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def changed_data(text, folder, change):
     """The data folder with another dictionary."""
     shutil.copytree(text.data, folder)
