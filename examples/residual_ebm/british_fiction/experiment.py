@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
 ROOT = Path(__file__).resolve().parents[3]
 PLUGIN = ROOT / "fairseq_earm"
@@ -54,6 +54,8 @@ ENERGIES = {
     "bit": ["--arch", "bit_tiny", "--max-positions", "128", "--lr", "1e-3"],
     "bit-mlm": ["--arch", "bit_tiny", "--max-positions", "128", "--lr", "5e-4"],
 }
+REPEATED = ("bit", "bit-mlm")  # with every seed
+SEED = 1  # of all other models
 NAMES = {
     "base": "BASE LM", "balm": "BALM (as many parameters as BASE + energy)", "ralm": "RALM", "unit": "joint UNIT",
     "bit": "joint BIT, from scratch", "bit-mlm": "joint BIT, masked-LM start",
@@ -72,41 +74,40 @@ class Experiment:
         self.data, self.output = data, output
 
     def steps(self, seeds: List[int]) -> List[Step]:
-        """Everything for the first seed; for the others the base model and the energy that the table compares."""
-        first, steps = seeds[0], []
-        for seed in seeds:
-            names = list(ENERGIES) if seed == first else ["bit-mlm"]
-            steps += [self._train("base", seed, ["--arch", "transformer_lm_residual_tiny", *LANGUAGE_MODEL])]
-            steps += [self._train("mlm", seed, MASKED_LANGUAGE_MODEL)]
-            steps += [self._energy(name, seed) for name in names]
-            steps += [self._perplexity("base", seed), *[self._perplexity(name, seed, energy=True) for name in names]]
-        base = ["--base-lm", str(self._checkpoint("base", first))]
-        steps += [self._train("balm", first, ["--arch", "transformer_lm_residual_tiny", *BALM_SIZE, *LANGUAGE_MODEL])]
-        steps += [
-            self._train("ralm", first, ["--arch", "residual_transformer_lm_tiny", *base, *LANGUAGE_MODEL], needs=["base"])
+        """One base model, and every energy on it with the first seed; those of `REPEATED` with all seeds."""
+        runs = [(name, seed) for name in ENERGIES for seed in (seeds if name in REPEATED else seeds[:1])]
+        base = ["--base-lm", str(self._checkpoint("base"))]
+        steps = [
+            self._train("base", ["--arch", "transformer_lm_residual_tiny", *LANGUAGE_MODEL]),
+            self._train("mlm", MASKED_LANGUAGE_MODEL),
+            *[self._energy(name, seed) for name, seed in runs],
+            self._train("ralm", ["--arch", "residual_transformer_lm_tiny", *base, *LANGUAGE_MODEL], needs=("base",)),
+            self._train("balm", ["--arch", "transformer_lm_residual_tiny", *BALM_SIZE, *LANGUAGE_MODEL]),
         ]
-        return [*steps, self._perplexity("balm", first), self._perplexity("ralm", first)]
+        steps += [self._perplexity("base", seed, name) for name, seed in runs]
+        return [*steps, *[self._perplexity(name, SEED) for name in ("base", "ralm", "balm")]]
 
-    def _checkpoint(self, name: str, seed: int) -> Path:
+    def _checkpoint(self, name: str, seed: int = SEED) -> Path:
         return self.output / f"{name}-{seed}" / "checkpoint_best.pt"
 
-    def _train(self, name: str, seed: int, flags: List[str], needs=()) -> Step:
+    def _train(self, name: str, flags: List[str], seed: int = SEED, needs: Sequence[str] = ()) -> Step:
         save = [f"--save-dir={self._checkpoint(name, seed).parent}", "--seed", str(seed)]
         words = ["fairseq-train", str(self.data), f"--user-dir={PLUGIN}", *flags, *save]
-        return Step(f"{name}-{seed}", words, tuple(f"{need}-{seed}" for need in needs))
+        return Step(f"{name}-{seed}", words, tuple(f"{need}-{SEED}" for need in needs))
 
     def _energy(self, name: str, seed: int) -> Step:
         start = {"unit": "base", "bit-mlm": "mlm"}.get(name)
-        flags = [*ENERGY, *ENERGIES[name], "--base-lm", str(self._checkpoint("base", seed))]
+        flags = [*ENERGY, *ENERGIES[name], "--base-lm", str(self._checkpoint("base"))]
         if start:
-            flags += ["--energy-init", str(self._checkpoint(start, seed))]
-        return self._train(name, seed, flags, ["base", start] if start else ["base"])
+            flags += ["--energy-init", str(self._checkpoint(start))]
+        return self._train(name, flags, seed, ["base", start] if start else ["base"])
 
-    def _perplexity(self, name: str, seed: int, energy: bool = False) -> Step:
-        """On the same sequences for all; the base's own also per position."""
-        path = self._checkpoint("base" if energy else name, seed)
-        words = ["fairseq-earm-perplexity", str(self.data), "--path", str(path), "--cpu", "--max-sequences", str(SEQUENCES)]
-        words += ["--prefix-length", str(PREFIX), "--sequence-length", str(LENGTH), "--json", str(self._result(name, seed))]
+    def _perplexity(self, path: str, seed: int, energy: str = "") -> Step:
+        """On the same sequences for all."""
+        name = energy or path
+        words = ["fairseq-earm-perplexity", str(self.data), "--path", str(self._checkpoint(path)), "--cpu"]
+        words += ["--max-sequences", str(SEQUENCES), "--prefix-length", str(PREFIX), "--sequence-length", str(LENGTH)]
+        words += ["--json", str(self._result(name, seed))]
         if energy:
             words += ["--energy-path", str(self._checkpoint(name, seed)), "--samples", str(SAMPLES // 2), str(SAMPLES)]
         return Step(f"{name}-{seed}.perplexity", words, (f"{name}-{seed}",))
