@@ -55,6 +55,8 @@ def open_measured(args: argparse.Namespace) -> Measured:
     Raises:
         UsageError: whatever does not exist, does not fit together, or leaves nothing to measure.
     """
+    if not os.path.isdir(args.data):
+        raise UsageError(f"{args.data}: there is no such folder; give the one that fairseq-preprocess wrote")
     if os.path.isfile(os.path.join(args.data, "dict.txt")):
         return _language(args)
     return _translation(args)
@@ -75,7 +77,10 @@ def _language(args: argparse.Namespace) -> Measured:
             "give a smaller length, or a network trained with a larger --max-positions"
         )
     base = load_base_lm(args.path, data, flag="--path", sequence_length=length, dtype=dtype(args))
-    blocks = load_blocks(os.path.join(args.data, args.gen_subset), dictionary, sequence_length=length, break_mode=break_mode)
+    blocks = load_blocks(
+        os.path.join(args.data, args.gen_subset), dictionary, sequence_length=length, break_mode=break_mode,
+        combine=args.gen_subset == "train",
+    )
     indices = spread(len(blocks), args.max_sequences)
     if blocks.supports_prefetch:
         blocks.prefetch(indices)
@@ -136,7 +141,9 @@ def _translation(args: argparse.Namespace) -> Measured:
     given = [name for name in (*LENGTHS, "sample_break_mode", "per_step") if getattr(args, name)]
     if given:
         flag = given[0].replace("_", "-")
-        raise UsageError(f"--{flag} is for text of one language, with a dict.txt; {args.data} has none, and pairs have sources for prefixes")
+        raise UsageError(
+            f"--{flag} is for text of one language, with a dict.txt; {args.data} has none, and pairs have sources for prefixes"
+        )
     task = _translation_task(args)
     base = load_frozen(args.path, task, flag="--path", dtype=dtype(args)).to(device(args)).model
     if not isinstance(base, FairseqEncoderDecoderModel):

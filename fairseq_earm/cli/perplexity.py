@@ -45,32 +45,34 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fairseq-earm-perplexity", description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="fairseq-earm-perplexity", description=__doc__.split("\n")[0])
     parser.add_argument("data", help="folder of fairseq-preprocess: text, or pairs of sentences")
     parser.add_argument("--path", required=True, metavar="FILE", help="checkpoint of the base model")
     energy = parser.add_mutually_exclusive_group()
     energy.add_argument("--energy-path", metavar="FILE", help="checkpoint of an energy network; without an energy, the base alone")
     energy.add_argument("--energy", choices=["earm"], help="the base model's own energies (a translation model trained by E-ARM)")
-    parser.add_argument("--energy-step", choices=["last", "post"], default="last", help="with --energy earm: as the model was trained")
-    parser.add_argument("--gen-subset", default="test", metavar="SPLIT", help="split to measure on")
+    parser.add_argument(
+        "--energy-step", choices=["last", "post"], default="last", help="with --energy earm: as the model was trained (default: last)",
+    )
+    parser.add_argument("--gen-subset", default="test", metavar="SPLIT", help="split to measure on (default: test)")
     parser.add_argument("--prefix-length", type=int, metavar="N", help="tokens that are given; by default as the energy was trained")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a sequence, prefix included; by default the energy's")
     parser.add_argument("--sample-break-mode", choices=BREAK_MODES, help="how text is cut; by default as for the energy, or none")
-    parser.add_argument("--max-len-a", type=float, default=1.5, metavar="A", help="pairs: samples have at most A * source length + B tokens")
-    parser.add_argument("--max-len-b", type=int, default=10, metavar="B", help="see --max-len-a")
+    parser.add_argument(
+        "--max-len-a", type=float, default=1.5, metavar="A",
+        help="pairs: samples have at most A * source length + B tokens (default: 1.5)",
+    )
+    parser.add_argument("--max-len-b", type=int, default=10, metavar="B", help="see --max-len-a (default: 10)")
     parser.add_argument(
         "--samples", type=int, nargs="+", action="extend", metavar="N",
-        help=f"samples of each sequence for the normaliser ({DEFAULT_SAMPLES} if not given); several numbers give the estimates "
-        "from so many of one set",
+        help="samples of each sequence for the normaliser; several numbers give the estimates from so many of one set "
+        f"(default: {DEFAULT_SAMPLES})",
     )
     parser.add_argument("--per-step", action="store_true", help="text: also the perplexity at each step; the last step is exact")
     parser.add_argument("--max-sequences", type=int, metavar="N", help="measure on so many sequences, evenly spaced; by default on all")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples drawn and scored at once")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="other seeds draw other samples")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models' parameters")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples drawn and scored at once (default: 256)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="other seeds draw other samples (default: 1)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models' parameters (default: float32)")
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
     parser.add_argument("--json", metavar="FILE", help="also write the results there; FILE.partial keeps unfinished ones meanwhile")
     return parser

@@ -41,7 +41,7 @@ class Table:
 
 @pytest.fixture(scope="module")
 def base():
-    return tiny_language_model()
+    return tiny_language_model(seed=3)  # it gives padding much probability, which must not count
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +132,12 @@ def test_the_curve_takes_the_first_samples(base):
         assert (lower, upper) == tuple(value.item() for value in log_partition(-model.drawn[:n]))
 
 
-@pytest.mark.parametrize("poison", [CONTINUATION, (4, 4, 4), (5, 2, 5)])
-def test_an_energy_that_is_not_a_number_names_its_sequence(base, poison):
+@pytest.mark.parametrize("which", ["the sequence itself", "a sample", "another last token"])
+def test_an_energy_that_is_not_a_number_names_its_sequence(base, exact, which):
+    likeliest = max(exact.log_probs, key=exact.log_probs.get)
+    poison = {"the sequence itself": CONTINUATION, "a sample": likeliest, "another last token": (5, 2, 5)}[which]
     with pytest.raises(UsageError, match="sequence 17: its energy.* is nan"):
-        measure_sequence(joint(base, poison=poison), ITEM, index=17, samples=[2000], per_step=True)
+        measure_sequence(joint(base, poison=poison), ITEM, index=17, samples=[100], per_step=True)
 
 
 def record(index, base, energy, log_z, steps):
