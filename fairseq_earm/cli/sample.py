@@ -6,7 +6,6 @@ run would have written (on the same machine; on a GPU as far as torch's kernels 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 from typing import Callable, Optional, Sequence
 
@@ -20,7 +19,8 @@ from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.blocks import Blocks, load_blocks
 from fairseq_earm.sampling.continuation import ContinuationSampler
-from fairseq_earm.sampling.store import BREAK_MODES, DTYPES, PIECE, SETTINGS, dictionary_hash, shard_sequences
+from fairseq_earm.sampling.frozen import file_hash
+from fairseq_earm.sampling.store import BREAK_MODES, DTYPES, SETTINGS, dictionary_hash, shard_sequences
 from fairseq_earm.sampling.store_writer import StoreWriter
 
 Draw = Callable[[Tensor, int], Tensor]
@@ -120,7 +120,7 @@ def _settings(args: argparse.Namespace, blocks: Blocks, dictionary: Dictionary, 
         "dictionary_sha256": dictionary_hash(dictionary),
         "sequences": len(blocks),
         "text_sha256": blocks.fingerprint(),
-        "checkpoint_sha256": _file_hash(args.path),
+        "checkpoint_sha256": file_hash(args.path, flag="--path"),
         "device": device.type,
     }
     chunks = -(-len(blocks) // args.batch_size)
@@ -130,17 +130,6 @@ def _settings(args: argparse.Namespace, blocks: Blocks, dictionary: Dictionary, 
             "fewer shards, or smaller batches"
         )
     return settings
-
-
-def _file_hash(path: str) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            for piece in iter(lambda: file.read(PIECE), b""):
-                digest.update(piece)
-    except OSError as error:
-        raise UsageError(f"--path {path} cannot be read ({error.strerror}): give a checkpoint of fairseq-train") from None
-    return digest.hexdigest()
 
 
 def _model(args: argparse.Namespace, dictionary: Dictionary, device: torch.device):

@@ -1,6 +1,7 @@
 """A trained model used as it is: the base of a residual energy."""
 from __future__ import annotations
 
+import hashlib
 import os
 from pickle import UnpicklingError
 from typing import Optional
@@ -54,6 +55,22 @@ def load_frozen(path: str, task, *, flag: str, dtype: Optional[torch.dtype] = No
     _check_dictionaries(path, flag, own_task, task)
     model = models[0] if dtype is None else models[0].to(dtype)
     return FrozenModel(model, own_task)
+
+
+def file_hash(path: str, *, flag: str) -> str:
+    """SHA-256 of a checkpoint's file.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for piece in iter(lambda: file.read(1 << 24), b""):
+                digest.update(piece)
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be read ({error.strerror}): give a checkpoint of fairseq-train") from None
+    return digest.hexdigest()
 
 
 def _data(path: str, task) -> dict:

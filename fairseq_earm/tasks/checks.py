@@ -9,7 +9,9 @@ from fairseq_earm.models.energy_transformer import EnergyModel
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {"energy_weight": 1.0, "energy_select": "best", "energy_step": "last"}
+# Flags and their defaults.
+RERANKING = {"energy_weight": 1.0, "energy_select": "best", "energy_step": "last"}
+PROPOSAL = {"negatives_temperature": 1.0, "negatives_topk": -1, "negatives_topp": -1.0}
 
 
 def check_energy_flags(cfg, active: bool, flag: str) -> None:
@@ -24,10 +26,8 @@ def check_energy_flags(cfg, active: bool, flag: str) -> None:
     """
     if not (math.isfinite(cfg.energy_weight) and cfg.energy_weight >= 0):
         raise UsageError(f"--energy-weight {cfg.energy_weight} is not a finite number of 0 or more: give one, or leave it out")
-    given = {name: getattr(cfg, name, default) for name, default in DEFAULTS.items()}
-    idle = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != DEFAULTS[name]]
-    if idle and not active:
-        logger.warning("%s without %s: no effect", ", ".join(idle), flag)
+    if not active:
+        _report_idle(cfg, RERANKING, f"without {flag}")
 
 
 def check_proposal(temperature: float, topk: int, topp: float, *, symbols: int) -> None:
@@ -42,8 +42,20 @@ def check_proposal(temperature: float, topk: int, topp: float, *, symbols: int) 
         raise UsageError(f"--negatives-topk {topk} and --negatives-topp {topp}: give one of the two")
 
 
+def report_idle_proposal(cfg) -> None:
+    """Say which flags have no effect on samples that were drawn beforehand."""
+    _report_idle(cfg, PROPOSAL, f"with --negatives {cfg.negatives}")
+
+
 def check_energy_network(cfg) -> None:
     """Refuse a model's configuration that is to be trained and is no energy network's (UsageError)."""
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     if not issubclass(ARCH_MODEL_REGISTRY.get(name, object), EnergyModel):
         raise UsageError(f"--arch {name} is no energy network; give one such as bit_base or unit, with --criterion residual_nce")
+
+
+def _report_idle(cfg, defaults: dict, condition: str) -> None:
+    given = {name: getattr(cfg, name, default) for name, default in defaults.items()}
+    idle = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != defaults[name]]
+    if idle:
+        logger.warning("%s %s: no effect", ", ".join(idle), condition)

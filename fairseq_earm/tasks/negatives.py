@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import Optional
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.continuation import ContinuationSampler
-from fairseq_earm.sampling.frozen import FrozenModel
+from fairseq_earm.sampling.frozen import FrozenModel, file_hash
 from fairseq_earm.sampling.store import SampleStore
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,17 +34,30 @@ class OnlineContinuations:
 
 
 class StoredContinuations:
-    """Continuations drawn beforehand by `fairseq-earm-sample`, one store for each split."""
+    """Continuations drawn beforehand by `fairseq-earm-sample`, one store for each split.
 
-    def __init__(self):
+    Args:
+        base_lm: checkpoint they must have been drawn from; None leaves that unchecked.
+    Raises:
+        UsageError: it cannot be read.
+    """
+
+    def __init__(self, base_lm: Optional[str]):
+        self.base_lm = base_lm
+        self.base_hash = None if base_lm is None else file_hash(base_lm, flag="--base-lm")
         self.stores = {}
 
     def add(self, split: str, store: SampleStore, count: int) -> None:
         """Use `store` for the sequences of a split.
 
         Raises:
-            UsageError: it holds fewer than `count` continuations of a prefix.
+            UsageError: it holds fewer than `count` continuations of a prefix, or those of another base model.
         """
+        if self.base_hash not in (None, store.record["checkpoint_sha256"]):
+            raise UsageError(
+                f"--base-lm {self.base_lm}: {store.path} was drawn from another checkpoint, {store.record['checkpoint']}; give that "
+                "one, or none, or make the samples again"
+            )
         if store.samples < count:
             raise UsageError(
                 f"--nce-negatives-per-positive {count}: {store.path} holds {store.samples} continuations of a prefix; give no "

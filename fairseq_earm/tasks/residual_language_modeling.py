@@ -20,8 +20,8 @@ from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.layout import prefix_continuation
 from fairseq_earm.sampling.store import SampleStore
 from fairseq_earm.tasks.batching import ExactBatches
+from fairseq_earm.tasks.checks import check_energy_network, check_proposal, report_idle_proposal
 from fairseq_earm.tasks.joint_sampling import JointSampling, JointSamplingConfig
-from fairseq_earm.tasks.checks import check_energy_network, check_proposal
 from fairseq_earm.tasks.negatives import DTYPES, BaseDtype, OnlineContinuations, StoredContinuations, draw_seed
 from fairseq_earm.tasks.residual_data import ResidualDataset
 
@@ -140,7 +140,11 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
     def prepare_negatives(self, count: int) -> None:
         """Get ready to give `count` negatives for each sequence; the criterion calls this before any data is loaded."""
         self.count = count
-        self.source = self._online() if self.cfg.negatives == ONLINE else StoredContinuations()
+        if self.cfg.negatives == ONLINE:
+            self.source = self._online()
+        else:
+            report_idle_proposal(self.cfg)
+            self.source = StoredContinuations(self.cfg.base_lm)
 
     def _online(self) -> OnlineContinuations:
         cfg = self.cfg

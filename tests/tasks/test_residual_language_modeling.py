@@ -2,6 +2,7 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,9 +244,8 @@ def test_a_base_of_another_kind_is_refused(text, tiny, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(text.data, data)
     shutil.copy(tiny.data / "dict.src.txt", data / "dict.txt")
-    flags = ["--base-lm", tiny.a]
-    with pytest.raises(UsageError, match="--base-lm"):
-        run(text, tmp_path / "out", *flags)
+    with pytest.raises(UsageError, match="is a TransformerModel: give a language model"):
+        run(SimpleNamespace(data=data), tmp_path / "out", "--base-lm", tiny.a, base=False)
 
 
 def test_text_with_another_dictionary_is_refused(text, tmp_path):
@@ -261,6 +261,16 @@ def test_samples_that_do_not_fit_are_refused(text, samples, tmp_path):
     few = ["--negatives", samples, "--nce-negatives-per-positive", 5]
     assert "holds 4 continuations of a prefix" in refused(text, tmp_path, *few)
     assert "--prefix-length 8, here it is 7" in refused(text, tmp_path, "--negatives", samples, "--prefix-length", 7)
+    other = tmp_path / "folder" / "another.pt"
+    other.parent.mkdir()
+    other.write_bytes(text.base.read_bytes() + b" ")
+    drawn = refused(text, tmp_path, "--negatives", samples, "--base-lm", other)
+    assert "was drawn from another checkpoint" in drawn and str(text.base) in drawn
+
+
+def test_flags_of_online_draws_are_reported_with_stored_ones(text, samples, tmp_path):
+    done = run(text, tmp_path, "--negatives", samples, "--negatives-topk", 3, "--max-update", 1, "--no-save")
+    assert f"--negatives-topk 3 with --negatives {samples}: no effect" in done.warnings()
 
 
 def test_energies_that_are_not_finite_end_training(text, tmp_path, monkeypatch):
