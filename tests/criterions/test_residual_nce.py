@@ -64,7 +64,7 @@ def batch(*rows):
     return {"tokens": tokens, "ntokens": tokens.numel(), "nsentences": len(rows), "id": torch.arange(len(rows))}
 
 
-ENERGIES = [0.0, 0.0, 0.5, -1.5, 2.0, 0.1]
+ENERGIES = [0.0, 0.0, 0.5, -1.5, 2.0, -0.3]
 DATA, NEGATIVES = [[2, 5], [3, 5]], [[4, 5, 5], [2, 5, PAD], [3, PAD, PAD], [5, 5, 5]]
 
 
@@ -104,7 +104,7 @@ def test_data_and_negatives_go_through_the_network_together():
 
 def test_log_is_of_all_batches_and_workers():
     logs = []
-    for rows, negatives in ((DATA, NEGATIVES), ([[4, 5]], [[3, 5], [5, 5]])):
+    for rows, negatives in ((DATA, NEGATIVES), ([[5, 4]], [[3, 5], [5, 5]])):
         task, network, criterion = setting()
         task.given = torch.tensor(negatives)
         logs.append(criterion(network, batch(*rows))[2])
@@ -117,7 +117,7 @@ def test_log_is_of_all_batches_and_workers():
             ResidualNceCriterion.reduce_metrics(outputs)
         found.append(aggregator.get_smoothed_values())
     assert found[0] == found[1]
-    data = [ENERGIES[row[0]] for row in [*DATA, [4]]]
+    data = [ENERGIES[row[0]] for row in [*DATA, [5]]]
     negatives = [ENERGIES[row[0]] for row in [*NEGATIVES, [3], [5]]]
     boundary = -math.log(2)  # twice as many negatives: a sequence with E = 0 is rather one of them
     gap = sum(negatives) / 6 - sum(data) / 3
