@@ -20,6 +20,8 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "fairseq-earm-analyse = fairseq_earm.cli.analyse:main",
+            "fairseq-earm-next = fairseq_earm.cli.next_token:main",
             "fairseq-earm-perplexity = fairseq_earm.cli.perplexity:main",
             "fairseq-earm-sample = fairseq_earm.cli.sample:main",
             "fairseq-earm-tune = fairseq_earm.cli.tune:main",

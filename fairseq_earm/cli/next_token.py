@@ -139,7 +139,9 @@ def _rest(args: argparse.Namespace, energy, given: int) -> int:
     """Tokens behind the next one: of the continuation that the energy was trained on, after a prefix of at most its length."""
     trained = energy.task.cfg
     if not hasattr(trained, "prefix_length"):
-        raise UsageError(f"--energy-path {args.energy_path} is an energy of sentence pairs: give one of residual_language_modeling")
+        raise UsageError(
+            f"--energy-path {args.energy_path} is an energy of sentence pairs: give one of residual_language_modeling"
+        )
     rest = trained.sequence_length - max(given, trained.prefix_length) - 1
     if rest < 0:
         raise UsageError(
@@ -168,10 +170,13 @@ def _report(args: argparse.Namespace, dictionary: Dictionary, prefix: Tensor, re
 def _table(report: dict) -> str:
     rows: List[dict] = report["tokens"]
     width = max(5, *(len(row["token"]) for row in rows))
-    how = f"from {report['samples']} continuations of {report['rest']} tokens each" if report["rest"] else "exact: the sequence ends here"
+    how = "exact: the sequence ends here"
+    if report["rest"]:
+        how = f"from {report['samples']} continuations of {report['rest']} tokens each"
+    share = f"{report['base_share_of_k']:.1%} of the base's probability"
     lines = [
         f"after: {report['prefix']}",
-        f"joint: {how}. Both columns are out of these {len(rows)} tokens, {report['base_share_of_k']:.1%} of the base's probability.",
+        f"joint: {how}. Both columns are out of these {len(rows)} tokens, {share}.",
         "",
         f"{'token':<{width}} {'base':>8} {'joint':>8} {'± s.e.':>8} {'joint/base':>11}",
     ]

@@ -66,7 +66,9 @@ def preference(answers: Sequence[dict], key: dict, *, allowed_failures: int = 0)
 
 def _valid_answers(rater: dict, name: str, page: str, items: dict) -> dict:
     if rater.get("page") != page:
-        raise UsageError(f"the answers of {name} are to page {rater.get('page')}, the key is page {page}'s: give the key written with it")
+        raise UsageError(
+            f"the answers of {name} are to page {rater.get('page')}, the key is page {page}'s: give the key written with it"
+        )
     given = rater.get("answers")
     if not isinstance(given, dict) or not set(given) <= set(items) or not set(given.values()) <= {"left", "right"}:
         raise UsageError(f"the answers of {name} are not what the page writes: download them again")

@@ -34,7 +34,8 @@ class JointSamplingConfig(FairseqDataclass):
         metadata={"help": "generate from the joint model P_LM * exp(-E): --path is the base, and this the energy's checkpoint"},
     )
     energy_candidates: int = field(
-        default=10000, metadata={"help": "continuations drawn from the base for each prefix; the more, the closer to the joint model"}
+        default=10000,
+        metadata={"help": "continuations drawn from the base for each prefix; the more, the closer to the joint model"},
     )
     energy_select: ChoiceEnum(["resample", "best"]) = field(
         default="resample",
@@ -133,7 +134,8 @@ def _check_flags(cfg, args) -> None:
     if idle:
         flag = f"--{idle[0].replace('_', '-')}"
         raise UsageError(f"{flag} means nothing to samples of {cfg.sequence_length - cfg.prefix_length} tokens: leave it out")
-    if cfg.energy_path is None and (cfg.energy_candidates, str(cfg.energy_select)) != (JointSamplingConfig.energy_candidates, "resample"):
+    chosen, defaults = (cfg.energy_candidates, str(cfg.energy_select)), (JointSamplingConfig.energy_candidates, "resample")
+    if cfg.energy_path is None and chosen != defaults:
         raise UsageError("--energy-candidates and --energy-select choose by an energy: give its checkpoint as --energy-path")
     if cfg.energy_chunk < 0:
         raise UsageError(f"--energy-chunk {cfg.energy_chunk}: give 1 or more, or leave it out")
@@ -141,7 +143,9 @@ def _check_flags(cfg, args) -> None:
 
 def _check_lengths(cfg, trained) -> None:
     if not hasattr(trained, "prefix_length"):
-        raise UsageError(f"--energy-path {cfg.energy_path} is an energy of sentence pairs: give one of residual_language_modeling")
+        raise UsageError(
+            f"--energy-path {cfg.energy_path} is an energy of sentence pairs: give one of residual_language_modeling"
+        )
     mine, its = ((c.prefix_length, c.sequence_length) for c in (cfg, trained))
     if mine != its:
         raise UsageError(
