@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 # Flags and their defaults.
 RERANKING = {"energy_weight": 1.0, "energy_select": "best", "energy_step": "last"}
 PROPOSAL = {"negatives_temperature": 1.0, "negatives_topk": -1, "negatives_topp": -1.0}
+NEGATIVES_FLAGS = ("--negatives-temperature", "--negatives-topk", "--negatives-topp")
 
 
 def check_energy_flags(cfg, active: bool, flag: str) -> None:
@@ -30,16 +31,16 @@ def check_energy_flags(cfg, active: bool, flag: str) -> None:
         _report_idle(cfg, RERANKING, f"without {flag}")
 
 
-def check_proposal(temperature: float, topk: int, topp: float, *, symbols: int) -> None:
-    """Refuse settings of the base's softmax over so many symbols that cannot be sampled from (UsageError)."""
+def check_proposal(temperature: float, topk: int, topp: float, *, symbols: int, flags=NEGATIVES_FLAGS) -> None:
+    """Refuse settings of the base's softmax over so many symbols that cannot be sampled from (UsageError); `flags` set them."""
     if not 0 < temperature < math.inf:
-        raise UsageError(f"--negatives-temperature {temperature}: give a finite number above 0")
+        raise UsageError(f"{flags[0]} {temperature}: give a finite number above 0")
     if topk != -1 and not 1 <= topk <= symbols:
-        raise UsageError(f"--negatives-topk {topk}: give 1 to {symbols}, the size of the dictionary, or -1 for all tokens")
+        raise UsageError(f"{flags[1]} {topk}: give 1 to {symbols}, the size of the dictionary, or -1 for all tokens")
     if topp != -1 and not 0 < topp <= 1:
-        raise UsageError(f"--negatives-topp {topp}: give a probability above 0, or -1 for all tokens")
+        raise UsageError(f"{flags[2]} {topp}: give a probability above 0, or -1 for all tokens")
     if topk != -1 and topp != -1:
-        raise UsageError(f"--negatives-topk {topk} and --negatives-topp {topp}: give one of the two")
+        raise UsageError(f"{flags[1]} {topk} and {flags[2]} {topp}: give one of the two")
 
 
 def report_idle_proposal(cfg) -> None:

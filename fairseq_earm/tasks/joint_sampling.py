@@ -15,9 +15,11 @@ from fairseq_earm.errors import UsageError
 from fairseq_earm.joint_generation import JointGenerator, check_prefix, chunk_of
 from fairseq_earm.models.load_energy import load_energy
 from fairseq_earm.sampling.base_lm import load_base_lm
+from fairseq_earm.tasks.checks import check_proposal
 
 logger = logging.getLogger(__name__)
 
+PROPOSAL_FLAGS = ("--temperature", "--sampling-topk", "--sampling-topp")
 # Flags of fairseq's generation that a sample of fixed length cannot obey.
 WITHOUT_EFFECT = (
     "prefix_size", "max_len_a", "max_len_b", "min_len", "unkpen", "no_repeat_ngram_size", "match_source_len", "constraints",
@@ -89,6 +91,9 @@ class JointSampling:
         """
         cfg = self.cfg
         _check_flags(cfg, args)
+        check_proposal(
+            args.temperature, args.sampling_topk, args.sampling_topp, symbols=len(self.source_dictionary), flags=PROPOSAL_FLAGS
+        )
         base = models[0]
         energy = None
         if cfg.energy_path is not None:
