@@ -109,7 +109,8 @@ class EnergyReranker:
         self._non_finite += count
         if count:
             logger.warning(
-                "the energy of %d of %d candidates is not finite (%d so far): they are put last", count, log_mu.numel(), self._non_finite
+                "the energy of %d of %d candidates is not finite (%d so far): they are put last",
+                count, log_mu.numel(), self._non_finite,
             )
 
 

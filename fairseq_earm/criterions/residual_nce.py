@@ -34,7 +34,9 @@ class ResidualNceConfig(FairseqDataclass):
     )
     label_smoothing: float = field(
         default=0.0,
-        metadata={"help": "probability with which a label is taken for wrong; above 0 the energy is no longer a log ratio at its optimum"},
+        metadata={
+            "help": "probability with which a label is taken for wrong; above 0 the energy is no longer a log ratio at its optimum"
+        },
     )
     fp16: bool = II("common.fp16")
     amp: bool = II("common.amp")

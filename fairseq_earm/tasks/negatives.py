@@ -55,8 +55,8 @@ class StoredContinuations:
         """
         if self.base_hash not in (None, store.record["checkpoint_sha256"]):
             raise UsageError(
-                f"--base-lm {self.base_lm}: {store.path} was drawn from another checkpoint, {store.record['checkpoint']}; give that "
-                "one, or none, or make the samples again"
+                f"--base-lm {self.base_lm}: {store.path} was drawn from another checkpoint, {store.record['checkpoint']}; "
+                "give that one, or none, or make the samples again"
             )
         if store.samples < count:
             raise UsageError(

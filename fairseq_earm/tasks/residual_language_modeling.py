@@ -63,7 +63,8 @@ class ResidualLanguageModelingConfig(JointSamplingConfig):
         default=-1, metadata={"help": "with online negatives: draw among the k likeliest tokens only; -1 for all"}
     )
     negatives_topp: float = field(
-        default=-1.0, metadata={"help": "with online negatives: draw from the smallest set of tokens with probability p; -1 for all"}
+        default=-1.0,
+        metadata={"help": "with online negatives: draw from the smallest set of tokens with probability p; -1 for all"},
     )
     train_subset: str = II("dataset.train_subset")
     dataset_impl: Optional[ChoiceEnum(get_available_dataset_impl())] = II("dataset.dataset_impl")

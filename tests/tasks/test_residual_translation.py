@@ -41,7 +41,8 @@ def energy(uninterrupted):
 
 def setting(tiny, **flags):
     """The task, ready to draw, and a batch of the validation set."""
-    known = {"source_lang": "src", "target_lang": "tgt", "train_subset": "train", "dataset_impl": None, "required_seq_len_multiple": 1}
+    known = {"source_lang": "src", "target_lang": "tgt", "train_subset": "train"}
+    known.update(dataset_impl=None, required_seq_len_multiple=1)
     task = ResidualTranslationTask.setup_task(
         ResidualTranslationConfig(data=str(tiny.data), base_model=str(tiny.a), **known, **flags)
     )
@@ -116,7 +117,8 @@ def test_the_checkpoint_holds_the_energy_network_alone(tiny, energy):
 
 
 def test_validation_loses_no_sentence(tiny, tmp_path):
-    done = run(tiny, tmp_path, "--max-update", 1, "--valid-subset", "valid,test", "--batch-size-valid", 64, "--no-save", validate=True)
+    flags = ["--max-update", 1, "--valid-subset", "valid,test", "--batch-size-valid", 64, "--no-save"]
+    done = run(tiny, tmp_path, *flags, validate=True)
     sizes = {r.name: re.search(r'_bsz": "(\d+)"', r.getMessage()) for r in done.records if r.name in ("valid", "test")}
     assert {name: int(found.group(1)) for name, found in sizes.items()} == {"valid": 60, "test": 7}
 
@@ -234,7 +236,8 @@ def test_a_missing_base_and_bases_of_another_kind_are_named(tiny, energy, tmp_pa
 
 
 def test_energy_paths_that_do_not_fit_are_named(tiny, energy, text):
-    for path, message in (("nothing.pt", "there is no such file"), (tiny.a, "give an energy network"), (text.base, "--energy-path")):
+    wrong = (("nothing.pt", "there is no such file"), (tiny.a, "give an energy network"), (text.base, "--energy-path"))
+    for path, message in wrong:
         with pytest.raises(UsageError, match=message):
             rerank(tiny, path, *NBEST)
     with pytest.raises(UsageError, match="--energy-select resample has nothing to draw from with --beam 1"):
