@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from steps import Step, run_steps  # noqa: E402
 
 PREFIX, LENGTH = 40, 64
-SEQUENCES, SAMPLES = 400, 400  # of the test set, and of each sequence for log Z
+SEQUENCES, SAMPLES = 250, 256  # of the test set, and of each sequence for log Z
 # As many parameters as the base model and an energy network together.
 BALM_SIZE = ["--decoder-embed-dim", "200", "--decoder-ffn-embed-dim", "800"]
 ENCODER_SIZE = [
