@@ -1,6 +1,7 @@
 # make setup    creates .venv and installs the pinned versions into it (some minutes)
 # make test     runs the tests with coverage; creates .venv when it is missing
-# make demo     runs the synthetic demonstration; creates .venv when it is missing
+# make demo     runs the synthetic demonstration of E-ARM; creates .venv when it is missing
+# make demo-residual   the same for residual energy-based models
 # make clean    removes .venv and everything built
 #
 # PYTHON=python3.10 make setup   chooses the interpreter: 3.11 and 3.12 get the fork of fairseq's last main,
@@ -11,7 +12,7 @@
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: help setup test demo clean
+.PHONY: help setup test demo demo-residual clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -28,6 +29,9 @@ test: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python examples/synthetic/demo.py
+
+demo-residual: .venv/installed
+	$(BIN)/python examples/residual_ebm/synthetic/residual_demo.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .coverage .coverage.*
