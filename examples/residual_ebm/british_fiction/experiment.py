@@ -42,15 +42,15 @@ MASKED_LANGUAGE_MODEL = [
     "--attention-dropout", "0.1", "--tokens-per-sample", str(LENGTH + 1), "--max-positions", "128", "--sample-break-mode", "none",
     "--max-tokens", "2080", *PRETRAINING,
 ]
-ENERGY_UPDATES = "1000"
+ENERGY_UPDATES = "2000"
 ENERGY = [
     "--task", "residual_language_modeling", "--criterion", "residual_nce", "--prefix-length", str(PREFIX),
     "--sequence-length", str(LENGTH), "--batch-size", "32", "--batch-size-valid", "32", "--dropout", "0.1",
-    "--warmup-updates", "50", "--total-num-update", ENERGY_UPDATES, "--max-update", ENERGY_UPDATES, *TRAINING,
+    "--warmup-updates", "100", "--total-num-update", ENERGY_UPDATES, "--max-update", ENERGY_UPDATES, *TRAINING,
 ]
 # Learning rates: from scratch a network takes a larger one than from a pre-trained start.
 ENERGIES = {
-    "unit": ["--arch", "unit_tiny", "--lr", "5e-4"],
+    "unit": ["--arch", "unit_tiny", "--lr", "1e-3"],
     "bit": ["--arch", "bit_tiny", "--max-positions", "128", "--lr", "1e-3"],
     "bit-mlm": ["--arch", "bit_tiny", "--max-positions", "128", "--lr", "5e-4"],
 }

@@ -6,7 +6,9 @@ from typing import List, NamedTuple
 from anagrams import HALF
 
 PREFIX, LENGTH = HALF, 2 * HALF + 1  # end-of-line is a token
+# Without a buffer: a thread that still fills one when a short training ends can abort the whole process.
 OPTIMIZER = [
+    "--data-buffer-size", "0",
     "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1", "--lr-scheduler", "polynomial_decay",
     "--cpu", "--log-format", "json", "--log-interval", "20", "--no-progress-bar", "--no-epoch-checkpoints", "--num-workers", "0",
     "--no-save-optimizer-state",
