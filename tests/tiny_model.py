@@ -18,13 +18,16 @@ def tiny_dictionary(words: int = 2) -> Dictionary:
     return dictionary
 
 
-def tiny_model(words: int = 2, seed: int = 0, dropout: float = 0.0, max_target_positions: int = 64) -> TransformerModel:
+def tiny_model(
+    words: int = 2, seed: int = 0, dropout: float = 0.0, max_target_positions: int = 64, learned_positions: bool = False
+) -> TransformerModel:
     """A one-layer transformer in float64 with logits far from uniform."""
     dictionary = tiny_dictionary(words)
     args = Namespace(
         encoder_layers=1, decoder_layers=1, encoder_embed_dim=8, decoder_embed_dim=8, encoder_ffn_embed_dim=16,
         decoder_ffn_embed_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, dropout=dropout,
         max_source_positions=64, max_target_positions=max_target_positions, share_decoder_input_output_embed=False,
+        decoder_learned_pos=learned_positions,
     )
     base_architecture(args)
     torch.manual_seed(seed)

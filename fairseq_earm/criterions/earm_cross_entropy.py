@@ -7,6 +7,7 @@ import torch
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.logging import metrics
+from fairseq.modules import LearnedPositionalEmbedding
 
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config
 from fairseq_earm.criterions.earm_log import earm_values, log_entries, reduce_earm_metrics
@@ -67,7 +68,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         mask = target.ne(self.padding_idx)
         mask[:, : self.ignore_prefix_size] = False
         if self.cfg.earm_control:
-            net_output = model(**self._net_input(sample))
+            net_output = model(**self._net_input(model, sample))
         else:
             samples, seconds = self._sample(model, sample)
             net_output, negative_output = self._forward_pair(model, sample, samples)
@@ -96,11 +97,12 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     def _forward_pair(self, model, sample, samples):
         starts = start_tokens(sample["net_input"], self.eos)[samples.sources]
         negative_input = decoder_input(samples.tokens, starts, extra_step=self.post)
-        return forward_with_negatives(model, self._net_input(sample), negative_input, samples.sources)
+        return forward_with_negatives(model, self._net_input(model, sample), negative_input, samples.sources)
 
-    def _net_input(self, sample) -> dict:
+    def _net_input(self, model, sample) -> dict:
         if not self.post:
             return sample["net_input"]
+        _check_positions(model.decoder, sample["target"].size(1) + 1)
         starts = start_tokens(sample["net_input"], self.eos)
         extended = decoder_input(sample["target"], starts, extra_step=True)
         return {**sample["net_input"], "prev_output_tokens": extended}
@@ -187,6 +189,16 @@ def _max_target_positions(task):
     positions = task.max_positions()
     positions = positions[1] if isinstance(positions, (tuple, list)) else positions
     return positions if isinstance(positions, (int, float)) else None  # some tasks have one per language pair
+
+
+def _check_positions(decoder, steps: int) -> None:
+    """Refuse a target that fills all learned positions; computed ones go on without end."""
+    positions = getattr(decoder, "embed_positions", None)
+    if isinstance(positions, LearnedPositionalEmbedding) and steps > positions.max_positions:
+        raise UsageError(
+            f"--earm-energy-steps post: reads one step more than a target has, and the longest one has all "
+            f"{positions.max_positions} positions of the model; leave longer targets out of the data, or use last"
+        )
 
 
 def _check_model(model) -> None:

@@ -97,3 +97,13 @@ def test_tasks_with_positions_per_language_pair_are_taken():
 def adaptive(model):
     model.decoder.adaptive_softmax = torch.nn.Identity()
     return model
+
+
+def test_a_step_after_the_last_position_is_refused():
+    model = tiny_model(max_target_positions=4, learned_positions=True).train()
+    criterion = build(model, earm_energy_steps="post", earm_max_len_a=0.0, earm_max_len_b=2)
+    criterion(model, batch(model, rows=((5,), (4, 5), (5, 4))))  # three tokens with the end, and the step after them
+    with pytest.raises(UsageError, match="--earm-energy-steps post.* 4 positions"):
+        criterion(model, batch(model))
+    sinusoidal = tiny_model(max_target_positions=4).train()
+    build(sinusoidal, earm_energy_steps="post", earm_max_len_a=0.0, earm_max_len_b=2)(sinusoidal, batch(sinusoidal))
