@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fairseq_earm  # noqa: F401  (mends the installed versions)
+from fairseq_earm.compat_versions import warn_once
 from tests import tiny_energy, tiny_language, tiny_translation
 
 torch.set_num_threads(1)
@@ -35,3 +36,11 @@ def text(tmp_path_factory):
 def energy(text, tmp_path_factory):
     """Checkpoint of an energy network trained on the residual of `text.base`, see `tiny_energy.build_energy`."""
     return tiny_energy.build_energy(text, tmp_path_factory.mktemp("energy"))
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The plugin's warnings, those given before forgotten."""
+    warn_once.cache_clear()
+    yield lambda: [record.getMessage() for record in caplog.records if record.name == "fairseq_earm"]
+    warn_once.cache_clear()

@@ -13,6 +13,7 @@ from fairseq.dataclass.utils import merge_with_parent
 from omegaconf import DictConfig
 
 from fairseq_earm import compat
+from fairseq_earm.compat_versions import parse
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig
 from tests.tiny_translation import generate, tagged, train, train_arguments
 
@@ -65,7 +66,7 @@ def test_the_checkpoint_is_made_of_what_stock_ones_are_made_of(tiny, tmp_path, t
 
 
 @pytest.mark.skipif(
-    compat._encoder_layer()[1] and compat.parse(torch.__version__) >= (1, 13),
+    compat._encoder_layer()[1] and parse(torch.__version__) >= (1, 13),
     reason="stock fairseq's own fast path fails on torch from 1.13 on; only the plugin avoids it",
 )
 def test_fairseq_generates_without_the_plugin(tiny, tmp_path, trained):

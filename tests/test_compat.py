@@ -19,92 +19,11 @@ from fairseq.modules import DynamicCRF
 from omegaconf import OmegaConf
 
 from fairseq_earm import compat
+from fairseq_earm.compat_versions import parse
 from fairseq_earm.errors import UsageError
 
-CHECKS_WHAT_IT_LOADS = compat.parse(torch.__version__) >= (2, 6)
+CHECKS_WHAT_IT_LOADS = parse(torch.__version__) >= (2, 6)
 DROPS_LAST_BATCH = len(data_utils.batch_by_size.__wrapped__(np.arange(9), lambda i: 1, required_batch_size_multiple=8)) == 1
-
-
-@pytest.fixture
-def warnings(caplog):
-    """The plugin's warnings, those given before forgotten."""
-    compat._warn_once.cache_clear()
-    yield lambda: [record.getMessage() for record in caplog.records if record.name == "fairseq_earm"]
-    compat._warn_once.cache_clear()
-
-
-# --- versions ---------------------------------------------------------------------------------------------------------
-
-GOOD_FORK = {"fairseq-fixed": "0.12.3.1", "fairseq": None, "torch": "2.13.0+cpu", "numpy": "2.4.6", "omegaconf": "2.3.0"}
-GOOD_STOCK = {"fairseq-fixed": None, "fairseq": "0.12.2", "torch": "1.13.1", "numpy": "1.23.5", "omegaconf": "2.0.6"}
-
-
-def test_the_two_rows_are_accepted_without_a_word():
-    for python in ((3, 11), (3, 12)):
-        assert compat.unsupported(python, GOOD_FORK) is None
-    for python in ((3, 9), (3, 10)):
-        assert compat.unsupported(python, GOOD_STOCK) is None
-    assert compat.untested(GOOD_FORK) is None
-    assert compat.untested(GOOD_STOCK) is None
-
-
-@pytest.mark.parametrize(
-    "python, row, change, says",
-    [
-        ((3, 8), GOOD_STOCK, {}, "Python 3.8 is not supported; use Python 3.9 to 3.12"),
-        ((3, 13), GOOD_FORK, {}, "Python 3.13 is not supported"),
-        ((3, 11), GOOD_FORK, {"fairseq": "0.12.2"}, "pip uninstall -y fairseq-fixed fairseq, then install fairseq-fixed=="),
-        ((3, 10), GOOD_FORK, {"fairseq-fixed": None}, "fairseq is not installed; `make setup` installs fairseq==0.12.2"),
-        ((3, 12), GOOD_FORK, {"fairseq-fixed": None}, "fairseq is not installed; `make setup` installs fairseq-fixed==0.12.3.1"),
-        ((3, 11), GOOD_STOCK, {}, "stock fairseq 0.12.2 does not run on Python 3.11; install fairseq-fixed==0.12.3.1"),
-        ((3, 10), GOOD_FORK, {}, "needs Python 3.11 or 3.12, this is 3.10; install fairseq==0.12.2"),
-        ((3, 10), GOOD_STOCK, {"torch": None}, "torch is not installed"),
-        ((3, 10), GOOD_STOCK, {"torch": "1.9.1"}, "torch 1.9.1 is too old; install torch 1.13.1"),
-        ((3, 10), GOOD_STOCK, {"numpy": "1.26.4"}, "does not run with numpy 1.26.4; pip install 'numpy<1.24'"),
-    ],
-)
-def test_what_cannot_work_is_named_with_its_remedy(python, row, change, says):
-    problem = compat.unsupported(python, {**row, **change})
-    assert says in problem
-    assert "\n" not in problem
-
-
-@pytest.mark.parametrize(
-    "row, change, says",
-    [
-        (GOOD_FORK, {"torch": "2.12.1"}, "torch 2.12.1 (tested with fairseq-fixed: 2.13 to 2.13)"),
-        (GOOD_FORK, {"numpy": "1.26.4"}, "numpy 1.26.4"),
-        (GOOD_FORK, {"fairseq-fixed": "0.12.4"}, "fairseq-fixed 0.12.4 (tested: 0.12.3.1)"),
-        (GOOD_STOCK, {"torch": "2.6.0", "omegaconf": "2.4.0"}, "omegaconf 2.4.0"),
-        (GOOD_STOCK, {"fairseq": "1.0.0a0"}, "fairseq 1.0.0a0"),
-    ],
-)
-def test_what_was_not_tested_is_remarked_on(row, change, says):
-    assert says in compat.untested({**row, **change})
-
-
-def test_an_impossible_combination_stops_the_import_with_one_line(monkeypatch):
-    monkeypatch.setattr(compat, "_installed", {**GOOD_FORK, "torch": "1.4.0", "fairseq": "0.12.2"}.get)
-    with pytest.raises(ImportError) as stopped:
-        compat.check_versions()
-    assert str(stopped.value).startswith("fairseq-earm: ")
-    assert "\n" not in str(stopped.value)
-
-
-def test_an_untested_combination_warns_once_in_one_line(monkeypatch, warnings):
-    found = {name: compat._installed(name) for name in GOOD_FORK}
-    monkeypatch.setattr(compat, "_installed", {**found, "torch": "2.99.0"}.get)
-    compat.check_versions()
-    compat.check_versions()
-    [line] = warnings()
-    assert "torch 2.99.0" in line and "\n" not in line
-
-
-def test_fairseq_from_a_source_folder_is_found(monkeypatch, warnings):
-    found = {name: compat._installed(name) for name in GOOD_FORK}
-    monkeypatch.setattr(compat, "_installed", {**found, "fairseq": None, "fairseq-fixed": None}.get)
-    compat.check_versions()
-    assert "from a source folder" in warnings()[0]
 
 
 # --- applying ---------------------------------------------------------------------------------------------------------
@@ -162,7 +81,7 @@ def test_arrays_written_by_either_numpy_load(module):
     assert torch.load(io.BytesIO(renamed))["counts"].tolist() == [3, 2]
 
 
-@pytest.mark.skipif(compat.parse(np.__version__) >= (1, 26), reason="this numpy has numpy._core")
+@pytest.mark.skipif(parse(np.__version__) >= (1, 26), reason="this numpy has numpy._core")
 def test_extensions_still_find_that_an_old_numpy_is_old():
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("numpy._core._multiarray_umath")
@@ -175,6 +94,15 @@ def test_other_types_in_a_checkpoint_are_still_refused():
     file.seek(0)
     with pytest.raises(pickle.UnpicklingError, match="print"):
         torch.load(file)
+
+
+def test_a_torch_without_half_precision_on_cpu_is_known():
+    layer, tokens = torch.nn.LayerNorm(2).half(), torch.ones(1, 2, dtype=torch.float16)
+    if compat.computes_half_on_cpu():
+        assert torch.isfinite(layer(tokens)).all()
+    else:
+        with pytest.raises(RuntimeError, match="Half"):
+            layer(tokens)
 
 
 def send_checkpoint(rank, meeting, answers):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from fairseq_earm import compat
+from fairseq_earm.compat_versions import FORK, STOCK, unsupported, untested
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "fairseq_earm"
@@ -95,11 +95,11 @@ def pins(name):
     return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
-@pytest.mark.parametrize("name, fairseq", [("constraints.txt", compat.FORK), ("constraints-stock.txt", compat.STOCK)])
+@pytest.mark.parametrize("name, fairseq", [("constraints.txt", FORK), ("constraints-stock.txt", STOCK)])
 def test_the_pinned_versions_are_a_row_of_the_support_matrix(name, fairseq, setup_arguments):
-    row = {compat.FORK: None, compat.STOCK: None, **pins(name)}
-    assert compat.untested(row) is None
-    assert compat.unsupported((3, 12) if fairseq == compat.FORK else (3, 9), row) is None
+    row = {FORK: None, STOCK: None, **pins(name)}
+    assert untested(row) is None
+    assert unsupported((3, 12) if fairseq == FORK else (3, 9), row) is None
     extras = [extra.split(";")[0] for extra in setup_arguments["extras_require"]["fairseq"]]
     assert f"{fairseq}=={row[fairseq]}" in extras
 
