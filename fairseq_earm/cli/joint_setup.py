@@ -19,8 +19,7 @@ from fairseq_earm.models.load_energy import load_energy
 from fairseq_earm.sampling.ancestral import AncestralSampler, max_lengths
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.blocks import load_blocks
-from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
-from fairseq_earm.sampling.store import PIECE
+from fairseq_earm.sampling.frozen import FrozenModel, file_hash, load_frozen
 from fairseq_earm.tasks.residual_language_modeling import ResidualLanguageModelingTask
 from fairseq_earm.tasks.residual_translation import ResidualTranslationTask
 
@@ -107,8 +106,9 @@ def _energy(args: argparse.Namespace, data, kind: type) -> Optional[FrozenModel]
     settings = energy.task.cfg
     own = settings.base_lm if kind is ResidualLanguageModelingTask else settings.base_model
     # An energy on another base is no residual of it, though it may be wanted.
-    if own and os.path.isfile(own) and os.path.isfile(args.path) and file_hash(own) != file_hash(args.path):
-        logger.warning("--path %s is not the base that --energy-path %s was trained on, %s", args.path, args.energy_path, own)
+    if own and os.path.isfile(own) and os.path.isfile(args.path):
+        if file_hash(own, flag=f"--energy-path {args.energy_path}: its base") != file_hash(args.path, flag="--path"):
+            logger.warning("--path %s is not the base that --energy-path %s was trained on, %s", args.path, args.energy_path, own)
     return energy
 
 
@@ -221,15 +221,6 @@ def spread(count: int, maximum: Optional[int]) -> List[int]:
     """Up to `maximum` of the numbers below `count`, evenly spaced."""
     number = min(count, maximum or count)
     return [i * count // number for i in range(number)]
-
-
-def file_hash(path: str) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(PIECE), b""):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def device(args: argparse.Namespace) -> torch.device:

@@ -13,10 +13,11 @@ from typing import Iterable, List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.joint_setup import Measured, device, file_hash, open_measured
+from fairseq_earm.cli.joint_setup import Measured, device, open_measured
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
 from fairseq_earm.evaluation.work_file import WorkFile
+from fairseq_earm.sampling.frozen import file_hash
 from fairseq_earm.sampling.store import BREAK_MODES, DTYPES
 
 logger = logging.getLogger(__name__)
@@ -98,11 +99,13 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace, measured: Measured) -> dict:
     """All that the figures depend on."""
     names = ("gen_subset", "max_sequences", "samples", "per_step", "batch_size", "seed", "dtype")
-    energy = f"{args.energy} {args.energy_step}" if args.energy else args.energy_path and file_hash(args.energy_path)
+    energy = f"{args.energy} {args.energy_step}" if args.energy else args.energy_path
+    if args.energy_path:
+        energy = file_hash(args.energy_path, flag="--energy-path")
     return {
         **{name: getattr(args, name) for name in names},
         **measured.data,
-        "base": file_hash(args.path),
+        "base": file_hash(args.path, flag="--path"),
         "energy": energy,
         "device": device(args).type,
     }
