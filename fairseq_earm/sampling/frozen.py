@@ -9,6 +9,7 @@ from typing import Optional
 import torch
 from fairseq import checkpoint_utils
 
+from fairseq_earm.compat import computes_half_on_cpu
 from fairseq_earm.errors import UsageError
 
 
@@ -28,7 +29,17 @@ class FrozenModel:
         self.task = task
 
     def to(self, device) -> "FrozenModel":
-        """Move the model, in place, and return self."""
+        """Move the model, in place, and return self.
+
+        Raises:
+            UsageError: a model in float16 goes to the CPU, where this torch does not compute it.
+        """
+        half = next(self.model.parameters()).dtype == torch.float16
+        if half and torch.device(device).type == "cpu" and not computes_half_on_cpu():
+            raise UsageError(
+                f"--dtype, --base-dtype or --fp16: torch {torch.__version__} computes float16 on GPUs alone; use a GPU, float32 or "
+                "bfloat16"
+            )
         self.model.to(device)
         return self
 

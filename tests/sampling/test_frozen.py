@@ -7,6 +7,7 @@ import torch
 from fairseq.data import Dictionary
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling import frozen as frozen_module
 from fairseq_earm.sampling.frozen import first_difference, load_frozen
 
 
@@ -23,6 +24,17 @@ def test_a_frozen_model_never_trains(text):
     holder = torch.nn.Module()
     holder.base = frozen.to("cpu")
     assert not holder.state_dict() and not list(holder.parameters())
+
+
+def test_half_precision_on_cpu_needs_a_torch_that_has_it(text, monkeypatch):
+    frozen = load_frozen(str(text.base), task_of(text.data), flag="--base-lm", dtype=torch.float16)
+    monkeypatch.setattr(frozen_module, "computes_half_on_cpu", lambda: False)
+    with pytest.raises(UsageError, match="--base-dtype or --fp16: torch .* float16 on GPUs alone"):
+        frozen.to("cpu")
+    assert frozen.to("meta") is frozen
+    load_frozen(str(text.base), task_of(text.data), flag="--base-lm", dtype=torch.bfloat16).to("cpu")
+    monkeypatch.setattr(frozen_module, "computes_half_on_cpu", lambda: True)
+    load_frozen(str(text.base), task_of(text.data), flag="--base-lm", dtype=torch.float16).to("cpu")
 
 
 def test_loading_uses_up_no_random_numbers(text):
