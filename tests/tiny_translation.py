@@ -88,7 +88,7 @@ def train(tiny, folder, *arguments, **options):
 def used_weights(state):
     """A model's state without what stock fairseq keeps there and never trains: an uninitialised buffer, whose dtype and
     device alone matter, and a copy of encoder weights for inference, brought up to date only by loading."""
-    unused = re.compile(r"\._float_tensor$|encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
+    unused = re.compile(r"\._float_tensor$|\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
     return {name: weight for name, weight in state.items() if not unused.search(name)}
 
 

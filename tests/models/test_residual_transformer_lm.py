@@ -67,7 +67,7 @@ def test_step_by_step_as_in_one_pass(text):
     with torch.no_grad():
         for end in range(1, 8):
             step = ralm.decoder(inputs[:, :end], incremental_state=cache)[0]
-            torch.testing.assert_close(step[:, 0], whole[:, end - 1])
+            torch.testing.assert_close(step[:, 0], whole[:, end - 1], rtol=1e-6, atol=1e-6)  # the base's end in float32
             if end == 3:  # as beam search does
                 ralm.decoder.reorder_incremental_state_scripting(cache, order)
                 inputs, whole = torch.cat([inputs[order, :3], inputs[:, 3:]], 1), None
@@ -75,9 +75,9 @@ def test_step_by_step_as_in_one_pass(text):
 
 
 def test_the_base_follows_its_model(text):
-    ralm = load(text.ralm).half()
+    ralm = load(text.ralm).bfloat16()  # float16 needs a GPU in older torch
     base = ralm.decoder.base.model
-    assert {value.dtype for value in base.parameters()} == {torch.float16}
+    assert {value.dtype for value in base.parameters()} == {torch.bfloat16}
     inputs = read(ralm, sequences(6, 6))
     assert ralm(inputs)[0].dtype == torch.float32
     exact = log_probs(load(text.ralm), inputs)
