@@ -147,7 +147,9 @@ def other(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
     lines = (text.folder / "train.txt").read_text().translate(str.maketrans("abcdef", "fedcba"))
     (folder / "train.txt").write_text(lines)
-    command("preprocess", "--only-source", "--trainpref", folder / "train.txt", "--destdir", folder / "data", "--workers", 1)
+    # Stock fairseq loads the validation set even where it is not to be validated on.
+    splits = [f"--{split}pref={folder / 'train.txt'}" for split in ("train", "valid")]
+    command("preprocess", "--only-source", *splits, "--destdir", folder / "data", "--workers", 1)
     save = ["--save-dir", folder / "base", "--criterion", "cross_entropy", "--disable-validation", "--max-update", 1]
     command("train", folder / "data", *TEXT, *ARCH, *OPTIMISATION, *save)
     return folder / "base" / "checkpoint_last.pt"

@@ -14,7 +14,7 @@ from fairseq_earm.models.energy_transformer import EnergyModel
 from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.tasks import negatives
 from fairseq_earm.tasks.residual_language_modeling import ResidualLanguageModelingConfig, ResidualLanguageModelingTask
-from tests.tiny_translation import command, recorded_log, same_state, train
+from tests.tiny_translation import command, recorded_log, same_state, train, used_weights
 
 PREFIX, LENGTH = 8, 12
 BIT = "--arch bit_tiny --encoder-embed-dim 16 --encoder-ffn-embed-dim 32 --encoder-layers 1 --encoder-attention-heads 2".split()
@@ -106,7 +106,7 @@ def test_the_checkpoint_holds_the_energy_network_alone(text, uninterrupted):
     assert saved.get("criterion") in (None, {}) and not saved["task_state"]
     [model], cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(uninterrupted.folder / "checkpoint_last.pt")])
     assert isinstance(model, EnergyModel) and task.source is None
-    assert len(saved["last_optimizer_state"]["state"]) == len(list(model.parameters()))
+    assert len(saved["last_optimizer_state"]["state"]) == len(used_weights(dict(model.named_parameters())))
     assert cfg.task.base_lm == str(text.base) and cfg.task.prefix_length == PREFIX
 
 
@@ -225,7 +225,7 @@ def refused(text, folder, *arguments, **options):
     (["--max-positions", 12], "--sequence-length 12: the energy network reads 11 tokens at most"),
     (["--base-lm", "nothing.pt"], "--base-lm nothing.pt: there is no such file"),
     (["--arch", "transformer"], "--arch transformer is no energy network"),
-    (["--negatives", "nowhere"], "--negatives nowhere/train"),
+    (["--negatives", "nowhere"], "--negatives nowhere/(train|valid): these samples do not exist"),
     (["--sample-break-mode", "eos"], "--sequence-length 12: .* no sequence that long .*--sample-break-mode eos"),
 ])
 def test_bad_settings_are_named(text, tmp_path, flags, message):
