@@ -20,7 +20,7 @@ from fairseq_earm.ebm.energy import widen
 from fairseq_earm.ebm.marginal import next_token
 from fairseq_earm.errors import UsageError
 from fairseq_earm.joint_generation import DEFAULT_TOKENS, chunk_of, draw_candidates, finite
-from fairseq_earm.models.load_energy import load_energy
+from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.continuation import ContinuationSampler, without_padding
 from fairseq_earm.sampling.scoring import decoder_input
@@ -82,6 +82,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     dictionary = _dictionary(args)
     data = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary, args=argparse.Namespace(data=args.data))
     energy = load_energy(args.energy_path, data, dtype=dtype(args))
+    report_other_base(energy, args.energy_path, args.path)
     prefix = dictionary.encode_line(args.prefix, add_if_not_exist=False, append_eos=False).long()
     rest = _rest(args, energy, len(prefix))
     length = len(prefix) + 1 + rest

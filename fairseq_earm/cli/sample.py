@@ -70,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample-break-mode", choices=BREAK_MODES, default="none", help="as in task residual_language_modeling")
     parser.add_argument("--dataset-impl", metavar="FORMAT", help="format of the data, if fairseq does not recognise it")
     parser.add_argument("--samples", type=int, default=16, metavar="N", help="continuations of each prefix")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="logits are divided by it")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T",
+        help="logits are divided by it; the residual of the base itself takes 1 here and -1 in the next two",
+    )
     parser.add_argument("--sampling-topk", type=int, default=-1, metavar="K", help="draw among the K likeliest tokens; -1: all")
     parser.add_argument(
         "--sampling-topp", type=float, default=-1.0, metavar="P",

@@ -30,7 +30,11 @@ class ResidualNceConfig(FairseqDataclass):
     """What `--criterion residual_nce` takes."""
 
     nce_negatives_per_positive: int = field(
-        default=1, metadata={"help": "samples of the base model drawn for every sequence of the data"}
+        default=1,
+        metadata={
+            "help": "samples of the base model drawn for every sequence of the data. --batch-size and --max-tokens bound the data "
+            "alone: in a pass the energy network reads 1 + N times as many sequences"
+        },
     )
     label_smoothing: float = field(
         default=0.0,

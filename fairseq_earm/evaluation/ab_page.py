@@ -30,7 +30,7 @@ def choose_pairs(
     items: int, checks: int, seed: int,
 ) -> List[Pair]:
     """Lines drawn without replacement, on sides drawn by coin; among them attention checks, a real text beside its own words
-    in random order.
+    in random order. A line is either among the pairs or among the checks: no text is met twice.
 
     Args:
         a, b: texts of the systems "A" and "B", line by line after the same prefixes. Where they agree, there is nothing to
@@ -44,15 +44,13 @@ def choose_pairs(
     rng = random.Random(seed)
     differing = [i for i, (one, other) in enumerate(zip(a, b)) if one.strip() != other.strip()]
     shufflable = [i for i, text in enumerate(real) if len(set(text.split())) >= FEWEST_WORDS]
-    for flag, wanted, usable, what in (
-        ("--items", items, differing, "lines differ between the two files"),
-        ("--checks", checks, shufflable, f"lines have {FEWEST_WORDS} different words or more to shuffle"),
-    ):
-        if wanted > len(usable):
-            raise UsageError(f"{flag} {wanted}: only {len(usable)} {what}; give fewer, or more text")
+    _check_count("--items", items, differing, "lines differ between the two files")
+    chosen = rng.sample(differing, items)
+    left = sorted(set(shufflable) - set(chosen))
+    _check_count("--checks", checks, left, f"lines outside the pairs have {FEWEST_WORDS} different words or more to shuffle")
     given = prefixes or [""] * len(a)
-    pairs = [_on_a_side(rng, i, given[i], a[i], b[i], "A", "B") for i in rng.sample(differing, items)]
-    for i in rng.sample(shufflable, checks):
+    pairs = [_on_a_side(rng, i, given[i], a[i], b[i], "A", "B") for i in chosen]
+    for i in rng.sample(left, checks):
         pairs.append(_on_a_side(rng, i, given[i], real[i], _shuffled(real[i], rng), "real", "shuffled"))
     rng.shuffle(pairs)
     return pairs
@@ -63,6 +61,11 @@ def _check_lengths(a, b, prefixes, real) -> None:
     for name, lines in others.items():
         if lines is not None and len(lines) != len(a):
             raise UsageError(f"{name} has {len(lines)} lines and the first file {len(a)}: line i of all must belong together")
+
+
+def _check_count(flag: str, wanted: int, usable: Sequence[int], what: str) -> None:
+    if wanted > len(usable):
+        raise UsageError(f"{flag} {wanted}: only {len(usable)} {what}; give fewer, or more text")
 
 
 def _on_a_side(rng: random.Random, line: int, prefix: str, one: str, other: str, name: str, other_name: str) -> Pair:

@@ -27,17 +27,22 @@ class WorkFile:
 
     def __init__(self, path: str, settings: dict, *, flag: str):
         self.path = path
+        self._flag = flag
         self.records: Dict[int, dict] = {}
         settings = json.loads(json.dumps(settings))
         try:
             begun = self._read(settings)
-            if not begun:
-                self._write({"settings": settings})
         except OSError as error:
-            raise UsageError(f"{flag}: {path} cannot be written: {error.strerror}") from None
+            raise self._cannot_write(error) from None
+        if not begun:
+            self._write({"settings": settings})
 
     def add(self, record: dict) -> None:
-        """Keep the record, which has an `index`, and write it down at once."""
+        """Keep the record, which has an `index`, and write it down at once.
+
+        Raises:
+            UsageError: it cannot be written; those before it are kept.
+        """
         self._write(record)
         self.records[record["index"]] = record
 
@@ -72,5 +77,12 @@ class WorkFile:
                 )
 
     def _write(self, line: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
+    def _cannot_write(self, error: OSError) -> UsageError:
+        kept = f"; {len(self.records)} finished records are kept, start the same command again" if self.records else ""
+        return UsageError(f"{self._flag}: {self.path} cannot be written: {error.strerror}{kept}")

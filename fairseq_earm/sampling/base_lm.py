@@ -1,6 +1,7 @@
 """The language model beneath a residual energy: loaded, and checked for what is asked of it."""
 from __future__ import annotations
 
+import logging
 from typing import Optional
 
 import torch
@@ -8,6 +9,8 @@ from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
+
+logger = logging.getLogger(__name__)
 
 
 def load_base_lm(
@@ -27,6 +30,10 @@ def load_base_lm(
         raise UsageError(f"{flag} {path}: this {kind} does not write from left to right; give a language model that does")
     if getattr(model.decoder, "adaptive_softmax", None) is not None:
         raise UsageError(f"{flag} {path}: an adaptive softmax has no logits to draw from; train without --adaptive-softmax-cutoff")
+    if getattr(getattr(frozen.task, "args", None), "add_bos_token", False):
+        logger.warning(
+            "%s %s was trained with --add-bos-token: here its sequences begin with end-of-sentence alone, as without it", flag, path
+        )
     positions = model.max_positions()
     if positions is not None and sequence_length > positions:
         raise UsageError(

@@ -48,6 +48,23 @@ def report_idle_proposal(cfg) -> None:
     _report_idle(cfg, PROPOSAL, f"with --negatives {cfg.negatives}")
 
 
+def report_other_proposal(source: str, *, temperature: float, topk: int, topp: float) -> None:
+    """Warn where negatives are not drawn from the base's own softmax; `source` says in words whose settings these are."""
+    if temperature != 1 or topk != -1 or topp not in (-1, 1):
+        logger.warning(
+            "%s: temperature %g, top-k %d, top-p %g: the energy learns the residual of this proposal, not of the base, and the joint "
+            "model of base and energy is another one than was learnt; leave these settings out unless that is wanted",
+            source, temperature, topk, topp,
+        )
+
+
+def check_criterion(cfg, prepared: bool) -> None:
+    """Refuse a criterion, by its configuration, that never asked for negatives (UsageError); `prepared` says whether it did."""
+    if not prepared:
+        name = getattr(cfg, "_name", None) or getattr(cfg, "criterion", None)
+        raise UsageError(f"--criterion {name} does not train an energy network: give --criterion residual_nce")
+
+
 def check_energy_network(cfg) -> None:
     """Refuse a model's configuration that is to be trained and is no energy network's (UsageError)."""
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)

@@ -13,7 +13,7 @@ from omegaconf import II, DictConfig
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.joint_generation import JointGenerator, check_prefix, chunk_of
-from fairseq_earm.models.load_energy import load_energy
+from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.tasks.checks import check_proposal
 
@@ -58,7 +58,12 @@ class JointSampling:
     S-lines show the prefix and T-lines how the text went on; H- and D-lines show (log q − E) / T^lenpen in base 2, which is
     log q per token where there is no energy; P-lines log q of each token. fairseq prints no end-of-sentence, but P-lines
     count them.
+
+    Attributes:
+        base_path: `--path`, when generating.
     """
+
+    base_path: Optional[str] = None
 
     @classmethod
     def add_args(cls, parser):
@@ -82,6 +87,7 @@ class JointSampling:
         if len(paths) != 1:
             raise UsageError(f"--path names {len(paths)} models: give the one base model")
         load_base_lm(paths[0], self, flag="--path", sequence_length=self.cfg.sequence_length)
+        self.base_path = paths[0]
 
     def build_generator(self, models, args, *rest, **kwargs):
         """A `JointGenerator` by the flags.
@@ -100,6 +106,8 @@ class JointSampling:
             weights = next(base.parameters())
             energy = load_energy(cfg.energy_path, self, dtype=weights.dtype).to(weights.device)
             _check_lengths(cfg, energy.task.cfg)
+            if self.base_path is not None:
+                report_other_base(energy, cfg.energy_path, self.base_path)
         generator = JointGenerator(
             base, cfg.sequence_length - cfg.prefix_length, energy=None if energy is None else energy.model,
             candidates=cfg.energy_candidates, select=str(cfg.energy_select), nbest=args.nbest,

@@ -14,6 +14,7 @@ from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.frozen import FrozenModel, file_hash
 from fairseq_earm.sampling.store import SampleStore
+from fairseq_earm.tasks.checks import report_other_proposal
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BaseDtype = ChoiceEnum(list(DTYPES))
@@ -63,6 +64,10 @@ class StoredContinuations:
                 f"--nce-negatives-per-positive {count}: {store.path} holds {store.samples} continuations of a prefix; give no "
                 "more, or make more of them"
             )
+        made = store.record
+        report_other_proposal(
+            store.path, temperature=made["temperature"], topk=made["sampling_topk"], topp=made["sampling_topp"]
+        )
         self.stores[split] = store
 
     def __call__(self, sample: dict, count: int, seed: int) -> Tensor:

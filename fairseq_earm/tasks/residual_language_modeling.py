@@ -20,7 +20,9 @@ from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.layout import prefix_continuation
 from fairseq_earm.sampling.store import SampleStore
 from fairseq_earm.tasks.batching import ExactBatches
-from fairseq_earm.tasks.checks import check_energy_network, check_proposal, report_idle_proposal
+from fairseq_earm.tasks.checks import (
+    check_criterion, check_energy_network, check_proposal, report_idle_proposal, report_other_proposal,
+)
 from fairseq_earm.tasks.joint_sampling import JointSampling, JointSamplingConfig
 from fairseq_earm.tasks.negatives import DTYPES, BaseDtype, OnlineContinuations, StoredContinuations, draw_seed
 from fairseq_earm.tasks.residual_data import ResidualDataset
@@ -57,17 +59,32 @@ class ResidualLanguageModelingConfig(JointSamplingConfig):
         },
     )
     negatives_temperature: float = field(
-        default=1.0, metadata={"help": "with online negatives: the base's logits are divided by it"}
+        default=1.0,
+        metadata={
+            "help": "with online negatives: the base's logits are divided by it. With another value than 1 the energy learns the "
+            "residual of that proposal, not of the base; so with the next two flags"
+        },
     )
     negatives_topk: int = field(
-        default=-1, metadata={"help": "with online negatives: draw among the k likeliest tokens only; -1 for all"}
+        default=-1,
+        metadata={
+            "help": "with online negatives: draw among the k likeliest tokens only; -1 for all, as the residual of the base needs"
+        },
     )
     negatives_topp: float = field(
         default=-1.0,
-        metadata={"help": "with online negatives: draw from the smallest set of tokens with probability p; -1 for all"},
+        metadata={
+            "help": "with online negatives: draw from the smallest set of tokens with probability p; -1 for all, as the residual of "
+            "the base needs"
+        },
     )
     train_subset: str = II("dataset.train_subset")
     dataset_impl: Optional[ChoiceEnum(get_available_dataset_impl())] = II("dataset.dataset_impl")
+    # What `transformer_lm` asks of its task: without them --arch transformer_lm ends in a traceback of fairseq's configuration,
+    # before `build_model` can say that it is no energy network. References, because anything else would be a flag.
+    add_bos_token: bool = II("common.tpu")
+    tokens_per_sample: int = II("task.sequence_length")
+    max_target_positions: Optional[int] = II("task.sequence_length")
 
 
 @register_task("residual_language_modeling", dataclass=ResidualLanguageModelingConfig)
@@ -93,10 +110,17 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
-        """Load the dictionary of the data."""
+        """Load the dictionary of the data.
+
+        Raises:
+            UsageError: there is none.
+        """
         if not cfg.data:
             raise UsageError("no data: give the folder that fairseq-preprocess wrote as the first argument")
-        dictionary = Dictionary.load(os.path.join(utils.split_paths(cfg.data)[0], "dict.txt"))
+        path = os.path.join(utils.split_paths(cfg.data)[0], "dict.txt")
+        if not os.path.isfile(path):
+            raise UsageError(f"{path}: there is no such file; give a folder that fairseq-preprocess --only-source wrote")
+        dictionary = Dictionary.load(path)
         logger.info(f"dictionary: {len(dictionary)} types")
         return cls(cfg, dictionary)
 
@@ -138,6 +162,12 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
             )
         return model
 
+    def build_criterion(self, cfg, *args, **kwargs):
+        """The stock method; it must be a criterion that asks for negatives."""
+        criterion = super().build_criterion(cfg, *args, **kwargs)
+        check_criterion(cfg, self.source is not None)
+        return criterion
+
     def prepare_negatives(self, count: int) -> None:
         """Get ready to give `count` negatives for each sequence; the criterion calls this before any data is loaded."""
         self.count = count
@@ -154,6 +184,7 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
         length, dtype = cfg.sequence_length, DTYPES[str(cfg.base_dtype)]
         base = load_base_lm(cfg.base_lm, self, flag="--base-lm", sequence_length=length, dtype=dtype)
         proposal = {"temperature": cfg.negatives_temperature, "topk": cfg.negatives_topk, "topp": cfg.negatives_topp}
+        report_other_proposal("--negatives-temperature, --negatives-topk, --negatives-topp", **proposal)
         return OnlineContinuations(base, ContinuationSampler(self.dictionary, length - cfg.prefix_length, **proposal))
 
     def sequences(self, sample: dict) -> torch.Tensor:

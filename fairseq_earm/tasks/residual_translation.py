@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
+from fairseq import utils
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
@@ -16,7 +17,7 @@ from fairseq_earm.sampling.ancestral import AncestralSampler
 from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
 from fairseq_earm.sampling.layout import joint_dictionary, source_target
 from fairseq_earm.tasks.batching import ExactBatches
-from fairseq_earm.tasks.checks import check_energy_flags, check_energy_network
+from fairseq_earm.tasks.checks import check_criterion, check_energy_flags, check_energy_network
 from fairseq_earm.tasks.negatives import DTYPES, BaseDtype, draw_seed, own_random_numbers
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,17 @@ class ResidualTranslationTask(ExactBatches, TranslationTask):
         model = super().build_model(cfg, from_checkpoint)
         self.longest = model.max_positions()
         return model
+
+    def build_criterion(self, cfg, *args, **kwargs):
+        """The stock method; it must be a criterion that asks for negatives."""
+        criterion = super().build_criterion(cfg, *args, **kwargs)
+        check_criterion(cfg, self.base is not None)
+        return criterion
+
+    def max_positions(self):
+        """(source, target) tokens at most, for the base model too once it is there."""
+        own = super().max_positions()
+        return own if self.base is None else utils.resolve_max_positions(own, self.base.model.max_positions())
 
     def prepare_negatives(self, count: int) -> None:
         """Load the base model; the criterion calls this before any data is loaded."""

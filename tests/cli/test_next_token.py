@@ -102,3 +102,13 @@ def test_bad_settings_end_with_one_line(text, energy, tmp_path):
         run(text, *with_energy, base=energy)
     with pytest.raises(SystemExit, match="has no dict.txt"):
         next_token.main([str(tmp_path), "--path", str(text.base), *map(str, with_energy)])
+
+
+def test_another_base_than_the_energy_s_own_is_warned_about(text, energy, tmp_path, caplog):
+    arguments = ["--energy-path", energy, "--prefix", "a b", "--samples", 2]
+    run(text, *arguments)
+    assert "is not the base that" not in caplog.text
+    state = torch.load(text.base, map_location="cpu", weights_only=False)
+    torch.save({**state, "more": 1}, tmp_path / "other.pt")
+    run(text, *arguments, base=tmp_path / "other.pt")
+    assert "other.pt is not the base that --energy-path" in caplog.text

@@ -39,6 +39,15 @@ def test_attention_checks_are_real_text_and_its_shuffled_words():
     assert positions != list(range(8, 12)), "checks are mixed in"
 
 
+def test_no_line_is_both_a_pair_and_a_check():
+    """Whoever sees a text a second time no longer compares it with the other one alone."""
+    for seed in range(20):
+        pairs = pairs_of(items=12, checks=8, seed=seed)
+        assert sorted(pair.line for pair in pairs) == list(range(20))
+    with pytest.raises(SystemExit, match="--checks 9: only 8 lines outside the pairs"):
+        pairs_of(items=12, checks=9)
+
+
 def test_lines_that_agree_are_left_out():
     b = B[:5] + A[5:]
     pairs = pairs_of(items=5, checks=0, b=b)
@@ -52,7 +61,7 @@ def test_bad_files_are_named():
         pairs_of(b=B[1:])
     with pytest.raises(SystemExit, match="--prefixes has 3 lines"):
         pairs_of(prefixes=PREFIXES[:3])
-    with pytest.raises(SystemExit, match="--checks 4: only 0 lines have 4 different words"):
+    with pytest.raises(SystemExit, match="--checks 4: only 0 lines outside the pairs have 4 different words"):
         pairs_of(real=["too short"] * 20)
 
 

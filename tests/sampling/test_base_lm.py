@@ -50,3 +50,11 @@ def test_other_kinds_are_refused(monkeypatch, model, targets, message):
     with pytest.raises(UsageError, match=message) as error:
         base_lm.load_base_lm("x.pt", None, flag="--base-lm", sequence_length=4)
     assert "--base-lm x.pt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_base_that_was_trained_to_begin_otherwise_is_warned_about(monkeypatch, caplog):
+    for flag, warnings in ((False, 0), (True, 1)):
+        frozen = FrozenModel(tiny_language_model(), Namespace(targets=["future"], args=Namespace(add_bos_token=flag)))
+        monkeypatch.setattr(base_lm, "load_frozen", lambda *args, **kwargs: frozen)
+        base_lm.load_base_lm("x.pt", None, flag="--base-lm", sequence_length=4)
+        assert caplog.text.count("--base-lm x.pt was trained with --add-bos-token") == warnings

@@ -73,6 +73,13 @@ def test_the_network_reads_source_and_translation(tiny):
     assert torch.equal(task.sequences(batch), setting(tiny)[0].sequences(batch)[:, :5])
 
 
+def test_sentences_must_fit_the_base_too(tiny):
+    task, _ = setting(tiny)
+    assert task.max_positions() == (1024, 1024)
+    task.base.model.decoder.max_target_positions = 7
+    assert task.max_positions() == (1024, 7)
+
+
 def test_negatives_are_the_bases_translations(tiny):
     task, batch = setting(tiny, negatives_max_len_a=0.5, negatives_max_len_b=2)
     base = load_frozen(str(tiny.a), task, flag="--base-model").model
@@ -220,6 +227,7 @@ def test_energies_that_are_not_finite_come_last(tiny, energy, monkeypatch, caplo
     (["--left-pad-target"], "--left-pad-target True"),
     (["--eval-bleu"], "--eval-bleu"),
     (["--arch", "transformer"], "--arch transformer is no energy network"),
+    (["--criterion", "cross_entropy"], "--criterion cross_entropy does not train an energy network"),
     (["--energy-weight", -1], "--energy-weight -1.0 is not a finite number"),
 ])
 def test_bad_settings_are_named(tiny, tmp_path, flags, message):
