@@ -195,3 +195,13 @@ def test_an_energy_that_has_diverged(text, energy, tmp_path):
     torch.save(state, tmp_path / "nan.pt")
     with pytest.raises(SystemExit, match="energies are not finite"):
         generate(text, *JOINT, "--energy-path", tmp_path / "nan.pt")
+
+
+def test_another_base_than_the_energy_s_own_is_warned_about(text, energy, tmp_path, caplog):
+    state = torch.load(text.base, map_location="cpu", weights_only=False)
+    state["more"] = 1
+    torch.save(state, tmp_path / "other.pt")
+    generate(text, *JOINT, "--energy-path", energy)
+    assert "is not the base that" not in caplog.text
+    generate(text, *JOINT, "--energy-path", energy, base=tmp_path / "other.pt")
+    assert f"--path {tmp_path / 'other.pt'} is not the base that --energy-path {energy} was trained on, {text.base}" in caplog.text

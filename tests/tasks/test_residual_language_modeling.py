@@ -225,6 +225,8 @@ def refused(text, folder, *arguments, **options):
     (["--max-positions", 12], "--sequence-length 12: the energy network reads 11 tokens at most"),
     (["--base-lm", "nothing.pt"], "--base-lm nothing.pt: there is no such file"),
     (["--arch", "transformer"], "--arch transformer is no energy network"),
+    (["--arch", "transformer_lm"], "--arch transformer_lm is no energy network"),
+    (["--criterion", "cross_entropy"], "--criterion cross_entropy does not train an energy network"),
     (["--negatives", "nowhere"], "--negatives nowhere/(train|valid): these samples do not exist"),
     (["--sample-break-mode", "eos"], "--sequence-length 12: .* no sequence that long .*--sample-break-mode eos"),
 ])
@@ -233,6 +235,26 @@ def test_bad_settings_are_named(text, tmp_path, flags, message):
     with pytest.raises(UsageError, match=message):
         train(text, tmp_path, *RESIDUAL, "--base-lm", text.base, *flags, arch=arch)
     assert not list(tmp_path.glob("*.pt"))
+
+
+def test_data_without_a_dictionary_is_named(text, tmp_path):
+    with pytest.raises(UsageError, match="nowhere/dict.txt: there is no such file"):
+        run(SimpleNamespace(data=tmp_path / "nowhere", base=text.base), tmp_path)
+
+
+def test_other_proposals_than_the_bases_softmax_are_reported(text, tmp_path, caplog):
+    """The energy then learns another residual, and nothing else would say so."""
+    folder = stored(text, tmp_path, splits=["valid"], sampling_topk=2)
+    for flags, message in (
+        ({}, None),
+        ({"negatives_topp": 1.0}, None),
+        ({"negatives_topk": 3}, "temperature 1, top-k 3, top-p -1: the energy learns the residual of this proposal"),
+        ({"negatives": str(folder)}, f"{folder}/valid: temperature 1, top-k 2, top-p -1: the energy learns"),
+    ):
+        caplog.clear()
+        setting(text, **flags)
+        warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "residual of" in r.getMessage()]
+        assert len(warnings) == bool(message) and all(message in warning for warning in warnings)
 
 
 def test_a_missing_base_is_named(text, tmp_path):
