@@ -15,11 +15,11 @@ from fairseq.models import FairseqEncoderDecoderModel
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.joint_models import LanguageJoint, TranslationJoint, network_energies, own_energies
 from fairseq_earm.evaluation.residual import JointModel
-from fairseq_earm.models.load_energy import load_energy
+from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.ancestral import AncestralSampler, max_lengths
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.blocks import load_blocks
-from fairseq_earm.sampling.frozen import FrozenModel, file_hash, load_frozen
+from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
 from fairseq_earm.tasks.residual_language_modeling import ResidualLanguageModelingTask
 from fairseq_earm.tasks.residual_translation import ResidualTranslationTask
 
@@ -103,12 +103,7 @@ def _energy(args: argparse.Namespace, data, kind: type) -> Optional[FrozenModel]
         raise UsageError(
             f"--energy-path {args.energy_path} was trained for {type(energy.task).__name__}, and {args.data} is data for {kind.__name__}"
         )
-    settings = energy.task.cfg
-    own = settings.base_lm if kind is ResidualLanguageModelingTask else settings.base_model
-    # An energy on another base is no residual of it, though it may be wanted.
-    if own and os.path.isfile(own) and os.path.isfile(args.path):
-        if file_hash(own, flag=f"--energy-path {args.energy_path}: its base") != file_hash(args.path, flag="--path"):
-            logger.warning("--path %s is not the base that --energy-path %s was trained on, %s", args.path, args.energy_path, own)
+    report_other_base(energy, args.energy_path, args.path)
     return energy
 
 
@@ -223,9 +218,16 @@ def spread(count: int, maximum: Optional[int]) -> List[int]:
     return [i * count // number for i in range(number)]
 
 
+def numbers(text: str) -> List[int]:
+    """One value of a flag that takes several whole numbers, with or without commas between them; for argparse."""
+    return [int(number) for number in text.split(",")]
+
+
 def device(args: argparse.Namespace) -> torch.device:
+    """The GPU where there is one and --cpu is not given."""
     return torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
 
 
 def dtype(args: argparse.Namespace) -> torch.dtype:
+    """What --dtype names."""
     return getattr(torch, args.dtype)

@@ -8,12 +8,13 @@ import argparse
 import json
 import logging
 import os
+from itertools import chain
 from typing import Iterable, List, Optional, Sequence
 
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.joint_setup import Measured, device, open_measured
+from fairseq_earm.cli.joint_setup import Measured, device, numbers, open_measured
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
 from fairseq_earm.evaluation.work_file import WorkFile
@@ -65,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-len-b", type=int, default=10, metavar="B", help="see --max-len-a (default: 10)")
     parser.add_argument(
-        "--samples", type=int, nargs="+", action="extend", metavar="N",
-        help="samples of each sequence for the normaliser; several numbers give the estimates from so many of one set "
-        f"(default: {DEFAULT_SAMPLES})",
+        "--samples", type=numbers, nargs="+", action="extend", metavar="N",
+        help="samples of each sequence for the normaliser; several numbers, as 1000,10000,100000, give the estimates from so many "
+        f"of one set (default: {DEFAULT_SAMPLES})",
     )
     parser.add_argument("--per-step", action="store_true", help="text: also the perplexity at each step; the last step is exact")
     parser.add_argument("--max-sequences", type=int, metavar="N", help="measure on so many sequences, evenly spaced; by default on all")
@@ -89,7 +90,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     with_energy = bool(args.energy or args.energy_path)
     if args.samples and not with_energy:
         raise UsageError("--samples is for a normaliser, which a base model alone does not need: give --energy-path, or leave it out")
-    args.samples = sorted(set(args.samples or [DEFAULT_SAMPLES])) if with_energy else []
+    args.samples = sorted({*chain(*args.samples or [[DEFAULT_SAMPLES]])}) if with_energy else []
     if args.samples and args.samples[0] < 2:
         raise UsageError(f"--samples {args.samples[0]}: the upper estimate leaves one out, so give 2 or more, {DEFAULT_SAMPLES} as a rule")
     if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from itertools import chain
 from typing import Dict, List, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_earm.cli.joint_setup import Measured, open_measured, spread
+from fairseq_earm.cli.joint_setup import Measured, numbers, open_measured, spread
 from fairseq_earm.ebm.partition import log_partition
 from fairseq_earm.ebm.weights import effective_sample_size, resample
 from fairseq_earm.errors import UsageError
@@ -19,9 +20,11 @@ from fairseq_earm.evaluation.residual import measure_sequence, sequence_seed, su
 from fairseq_earm.evaluation.text_analysis import ORDERS, summarize_texts
 from fairseq_earm.joint_generation import draw_candidates
 from fairseq_earm.sampling.continuation import ContinuationSampler
+from fairseq_earm.sampling.frozen import file_hash
 from fairseq_earm.sampling.store import BREAK_MODES, DTYPES
 
 SOURCES = ("data", "base", "joint")
+DEFAULT_SAMPLES = [10, 30, 100]
 
 
 class Drawn(NamedTuple):
@@ -65,7 +68,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--perplexity-sequences", type=int, default=20, metavar="N", help="sequences whose perplexity is measured"
     )
     parser.add_argument(
-        "--samples", type=int, nargs="+", default=[10, 30, 100], metavar="N", help="samples of each of them and of each step"
+        "--samples", type=numbers, nargs="+", metavar="N",
+        help="samples of each of them and of each step; several numbers, as 10,30,100, give several estimates (10,30,100 if not given)",
     )
     parser.add_argument(
         "--post-process", metavar="SYMBOL", help="how to join subwords in the texts written, as in fairseq-generate"
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     _check_flags(args)
     plots = _plots()
     measured = open_measured(args)
-    perplexity = _read_perplexity(args.perplexity) if args.perplexity else None
+    perplexity = _read_perplexity(args) if args.perplexity else None
     drawn = [_draw(args, measured, index) for index in tqdm(measured.indices, desc="samples", unit="prefix", disable=None)]
     if perplexity is None:
         perplexity = _measure(args, measured)
@@ -99,7 +103,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     for name, least in (("max_sequences", 1), ("energy_candidates", 2), ("perplexity_sequences", 1), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
-    args.samples = sorted(set(args.samples))
+    args.samples = sorted({*chain(*args.samples or [DEFAULT_SAMPLES])})
     if args.samples[0] < 2:
         raise UsageError(f"--samples {args.samples[0]}: the upper estimate leaves one out, so give 2 or more")
     try:
@@ -116,15 +120,23 @@ def _plots():
     return plots
 
 
-def _read_perplexity(path: str) -> dict:
+def _read_perplexity(args: argparse.Namespace) -> dict:
+    """What fairseq-earm-perplexity wrote about the same two models."""
+    path = args.perplexity
     try:
         with open(path, encoding="utf-8") as file:
             report = json.load(file)
-        return {"base": report["base"], "joint": report["joint"], **{k: report[k] for k in ("steps",) if k in report}}
+        found = {"base": report["base"], "joint": report["joint"], **{k: report[k] for k in ("steps",) if k in report}}
+        settings = report["settings"]
+        measured = {"--path": (args.path, settings["base"]), "--energy-path": (args.energy_path, settings["energy"])}
     except OSError as error:
         raise UsageError(f"--perplexity {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"--perplexity {path} is not what fairseq-earm-perplexity --energy-path ... --json wrote") from None
+    for flag, (model, digest) in measured.items():
+        if file_hash(model, flag=flag) != digest:
+            raise UsageError(f"--perplexity {path} was measured with another checkpoint than {flag} {model}: measure this one")
+    return found
 
 
 def _draw(args: argparse.Namespace, measured: Measured, index: int) -> Drawn:

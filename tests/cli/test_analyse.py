@@ -87,6 +87,11 @@ def test_perplexities_measured_before_are_taken_over(text, energy, tmp_path):
     assert found["perplexity"]["joint"] == json.loads(path.read_text())["joint"]
     assert not (tmp_path / "out" / "gain_by_position.png").exists(), "it was measured without --per-step"
     assert (tmp_path / "out" / "estimates_by_samples.png").exists()
+    figures = json.loads(path.read_text())
+    for name, flag in (("base", "--path"), ("energy", "--energy-path")):
+        path.write_text(json.dumps({**figures, "settings": {**figures["settings"], name: "0" * 64}}))
+        with pytest.raises(SystemExit, match=f"--perplexity .* was measured with another checkpoint than {flag}"):
+            report(text, energy, tmp_path / "out", "--perplexity", path)
 
 
 def test_bad_settings_of_the_report(text, energy, tmp_path):

@@ -144,6 +144,12 @@ def test_another_run_s_partial_results_are_refused_and_damaged_ones_too(residual
     assert measure(residual, path, "--samples", 20, "--max-sequences", 1)["sequences"] == 1
 
 
+def test_numbers_of_samples_with_and_without_commas(residual, tmp_path):
+    ways = (["--samples", "4,2", "8"], ["--samples", 8, 4, "--samples", 2], ["--samples", "2,4,8"])
+    first, *others = (measure(residual, tmp_path / "out.json", "--max-sequences", 1, *way) for way in ways)
+    assert [row["samples"] for row in first["joint"]] == [2, 4, 8] and all(first == other for other in others)
+
+
 def test_spread_is_even_and_never_more_than_there_is():
     assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 9) == [0, 1, 2] == spread(3, None)
 
