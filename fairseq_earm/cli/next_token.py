@@ -24,7 +24,7 @@ from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.continuation import ContinuationSampler, without_padding
 from fairseq_earm.sampling.scoring import decoder_input
-from fairseq_earm.sampling.store import DTYPES
+from fairseq_earm.sampling.store_settings import DTYPES
 
 
 class NextTokens(NamedTuple):

@@ -19,7 +19,7 @@ from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
 from fairseq_earm.evaluation.work_file import WorkFile
 from fairseq_earm.sampling.frozen import file_hash
-from fairseq_earm.sampling.store import BREAK_MODES, DTYPES
+from fairseq_earm.sampling.store_settings import BREAK_MODES, DTYPES
 
 logger = logging.getLogger(__name__)
 

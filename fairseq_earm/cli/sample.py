@@ -20,7 +20,7 @@ from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.blocks import Blocks, load_blocks
 from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.frozen import file_hash
-from fairseq_earm.sampling.store import BREAK_MODES, DTYPES, SETTINGS, dictionary_hash, shard_sequences
+from fairseq_earm.sampling.store_settings import BREAK_MODES, DTYPES, SETTINGS, dictionary_hash, shard_sequences
 from fairseq_earm.sampling.store_writer import StoreWriter
 
 Draw = Callable[[Tensor, int], Tensor]

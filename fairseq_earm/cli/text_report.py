@@ -21,7 +21,7 @@ from fairseq_earm.evaluation.text_analysis import ORDERS, summarize_texts
 from fairseq_earm.joint_generation import draw_candidates
 from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.frozen import file_hash
-from fairseq_earm.sampling.store import BREAK_MODES, DTYPES
+from fairseq_earm.sampling.store_settings import BREAK_MODES, DTYPES
 
 SOURCES = ("data", "base", "joint")
 DEFAULT_SAMPLES = [10, 30, 100]

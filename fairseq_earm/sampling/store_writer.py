@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fairseq_earm.errors import UsageError
-from fairseq_earm.sampling import store
+from fairseq_earm.sampling import store, store_settings
 
 PART = re.compile(r"part-\d+")
 OURS = re.compile(r"(part-\d+|settings\.json|record\.json|merged\.bin|merged\.idx)(\.tmp)?|lock")
@@ -29,7 +29,7 @@ class StoreWriter:
 
     Args:
         path: --output.
-        settings: all of `store.SETTINGS`.
+        settings: all of `store_settings.SETTINGS`.
         checkpoint: the model's path, noted for people.
         dictionary_size: tokens are below it.
     Attributes:
@@ -42,30 +42,30 @@ class StoreWriter:
     """
 
     def __init__(self, path: str, settings: dict, *, checkpoint: str, dictionary_size: int):
-        self.prefix = store.shard_prefix(path, settings["num_shards"], settings["shard_id"])
+        self.prefix = store_settings.shard_prefix(path, settings["num_shards"], settings["shard_id"])
         self.finished = os.path.exists(f"{self.prefix}.json")
         self.settings = settings
         self._checkpoint = checkpoint
         self._dtype = best_fitting_int_dtype(dictionary_size)
         self._folder = f"{self.prefix}.parts"
         if self.finished:
-            record = store.read_record(f"{self.prefix}.json")
+            record = store_settings.read_record(f"{self.prefix}.json")
             self._check_same(record, f"{self.prefix}.json")
             store.open_shard(self.prefix, record, dictionary_size)
         elif not os.path.isdir(self._folder):
             self._check_name_is_free()
         elif any(PART.fullmatch(name) for name in os.listdir(self._folder)):
-            self._check_same(store.read_record(self._inside("settings.json"), store.SETTINGS), self._folder)
+            self._check_same(store_settings.read_record(self._inside("settings.json"), store_settings.SETTINGS), self._folder)
 
     def _check_same(self, record: dict, where: str) -> None:
-        name = store.first_unequal(record, self.settings)
+        name = store_settings.first_unequal(record, self.settings)
         if not name:
             return
         values = f" {record[name]}, this is {self.settings[name]}"
         difference = " is another one" if name.endswith("sha256") else values
         raise UsageError(
-            f"{where} was made with other settings: {store.SETTINGS[name].flag}{difference}; give the same, or another --output, "
-            f"or delete {where}"
+            f"{where} was made with other settings: {store_settings.SETTINGS[name].flag}{difference}; give the same, or another "
+            f"--output, or delete {where}"
         )
 
     def _check_name_is_free(self) -> None:
@@ -93,8 +93,8 @@ class StoreWriter:
         sizes = {}
         if os.path.isdir(self._folder):
             sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self._folder)}
-        per_item = store.item_tokens(self.settings) * np.dtype(self._dtype).itemsize
-        starts = store.chunk_starts(self.settings)
+        per_item = store_settings.item_tokens(self.settings) * np.dtype(self._dtype).itemsize
+        starts = store_settings.chunk_starts(self.settings)
         return [first for first in starts if sizes.get(_part(first)) != len(self.chunk(first)) * per_item]
 
     def chunk(self, first: int) -> range:
@@ -113,7 +113,7 @@ class StoreWriter:
             checksums = {"bin_crc32": self._merge_parts(), "idx_crc32": self._write_index()}
             os.replace(self._inside("merged.bin"), f"{self.prefix}.bin")
             os.replace(self._inside("merged.idx"), f"{self.prefix}.idx")
-            record = {"format": store.FORMAT, **self.settings, "checkpoint": self._checkpoint, **checksums}
+            record = {"format": store_settings.FORMAT, **self.settings, "checkpoint": self._checkpoint, **checksums}
             self._write("record.json", lambda file: file.write(_json(record)))
             os.replace(self._inside("record.json"), f"{self.prefix}.json")
             _sync_folder(os.path.dirname(self.prefix) or ".")
@@ -134,7 +134,7 @@ class StoreWriter:
 
         def copy_all(file):
             nonlocal checksum
-            for first in tqdm(store.chunk_starts(self.settings), desc="merging", unit=" chunks", disable=None):
+            for first in tqdm(store_settings.chunk_starts(self.settings), desc="merging", unit=" chunks", disable=None):
                 with open(self._inside(_part(first)), "rb") as part:
                     data = part.read()
                 checksum = zlib.crc32(data, checksum)
@@ -146,7 +146,7 @@ class StoreWriter:
     def _write_index(self) -> int:
         """Write `merged.idx`, by fairseq; its CRC-32."""
         path = self._inside("merged.idx")
-        items, length = len(store.shard_sequences(self.settings)), store.item_tokens(self.settings)
+        items, length = len(store_settings.shard_sequences(self.settings)), store_settings.item_tokens(self.settings)
         with MMapIndexedDataset.Index.writer(path, self._dtype) as index:
             index.write([length] * items)
         checksum = 0

@@ -12,7 +12,8 @@ from fairseq.data import Dictionary
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.blocks import load_blocks
-from fairseq_earm.sampling.store import SampleStore, dictionary_hash
+from fairseq_earm.sampling.store import SampleStore
+from fairseq_earm.sampling.store_settings import dictionary_hash
 from fairseq_earm.sampling.store_writer import StoreWriter
 
 PREFIX, LENGTH, SAMPLES = 8, 12, 5

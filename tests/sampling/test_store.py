@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.blocks import load_blocks
-from fairseq_earm.sampling.store import chunk_starts, shard_sequences
+from fairseq_earm.sampling.store_settings import chunk_starts, shard_sequences
 from tests.sampling.stored import (  # noqa: F401
     ENDINGS, LENGTH, PREFIX, SAMPLES, copy_of, files, finished, open_store, refusal, tokens_of, world, write, writer_of,
 )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from fairseq_earm.sampling import store_writer
-from fairseq_earm.sampling.store import SETTINGS, chunk_starts
+from fairseq_earm.sampling.store_settings import SETTINGS, chunk_starts
 from tests.sampling.stored import copy_of, files, finished, open_store, refusal, world, write, writer_of  # noqa: F401
 
 
