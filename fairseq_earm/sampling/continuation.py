@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fairseq_earm.ebm.energy import widen
+from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.ancestral import draw
 from fairseq_earm.sampling.prefill import prefill
 from fairseq_earm.sampling.samples import Samples
@@ -47,6 +48,8 @@ class ContinuationSampler:
             generator: source of random numbers on the prefixes' device; by default the global one.
         Returns:
             Samples with tokens (B·samples, length); log_q is exact under the truncated softmax.
+        Raises:
+            UsageError: probabilities that are no numbers, as half precision or a diverged training leave them.
         """
         sources = torch.arange(prefixes.size(0), device=prefixes.device).repeat_interleave(samples)
         read, cache = decoder_input(prefixes, self.eos, extra_step=True), {}
@@ -64,7 +67,7 @@ class ContinuationSampler:
         tokens = read[:, read.size(1) - self.length :]
         everywhere = torch.ones_like(tokens, dtype=torch.bool)
         truncated = torch.zeros_like(sources, dtype=torch.bool)
-        return Samples(tokens, everywhere, torch.stack(log_q, 1), truncated, sources)
+        return Samples(tokens, everywhere, finite_log_q(torch.stack(log_q, 1)), truncated, sources)
 
     def _next_logits(self, model, read: Tensor, cache: dict) -> Tensor:
         return widen(model.decoder(read, incremental_state=cache)[0][:, -1])
@@ -72,6 +75,16 @@ class ContinuationSampler:
     def _proposal(self, logits: Tensor) -> Tensor:
         logits = without_padding(logits, self.pad) / self.temperature
         return truncate_log_probs(logits.log_softmax(-1), self.topk, self.topp)
+
+
+def finite_log_q(log_q: Tensor) -> Tensor:
+    """Log-probabilities of what a base model drew, every one of them finite; a UsageError otherwise."""
+    if not log_q.isfinite().all():
+        raise UsageError(
+            "the base model's probabilities are no numbers, and nothing can be drawn by them: try float32 (--dtype, --base-dtype, "
+            "without --fp16), or another checkpoint"
+        )
+    return log_q
 
 
 def without_padding(logits: Tensor, pad: int) -> Tensor:

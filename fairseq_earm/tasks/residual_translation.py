@@ -14,6 +14,7 @@ from fairseq_earm.errors import UsageError
 from fairseq_earm.models.load_energy import load_energy
 from fairseq_earm.reranking import EnergyReranker
 from fairseq_earm.sampling.ancestral import AncestralSampler
+from fairseq_earm.sampling.continuation import finite_log_q
 from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
 from fairseq_earm.sampling.layout import joint_dictionary, source_target
 from fairseq_earm.tasks.batching import ExactBatches
@@ -130,12 +131,15 @@ class ResidualTranslationTask(ExactBatches, TranslationTask):
         Args:
             sample: a batch.
             training: fresh draws in each update; otherwise the same ones for the same batch.
+        Raises:
+            UsageError: the base model's probabilities are no numbers.
         """
         inputs = sample["net_input"]
         device = inputs["src_tokens"].device
         base = self.base.to(device).model
         with own_random_numbers(draw_seed(sample["id"], training=training), device):
             drawn = self.sampler(base, inputs, count)
+        finite_log_q(drawn.log_q)
         return self._joint(inputs["src_tokens"], drawn.tokens, drawn.sources)
 
     def _joint(self, src_tokens, target, sources=None) -> torch.Tensor:

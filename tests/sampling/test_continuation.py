@@ -8,6 +8,7 @@ import pytest
 import torch
 from fairseq.models.lstm import LSTMDecoder
 
+from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.continuation import ContinuationSampler, score_continuations
 from fairseq_earm.sampling.prefill import prefill
 from tests.sampling.test_samplers import chi_square
@@ -58,6 +59,15 @@ def test_random_numbers_come_from_the_generator_alone():
     draws = [sampler(model, PREFIXES, 3, generator=torch.Generator().manual_seed(seed)).tokens for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("proposal", [{}, {"topk": 2}, {"topp": 0.5}], ids=str)
+def test_a_model_whose_probabilities_are_no_numbers_draws_nothing(proposal):
+    model = tiny_language_model()
+    model.decoder.layers[0].fc1.weight.data.fill_(float("nan"))
+    sampler = ContinuationSampler(model.decoder.dictionary, LENGTH, **proposal)
+    with pytest.raises(UsageError, match="probabilities are no numbers"):
+        sampler(model, PREFIXES, 2)
 
 
 def test_an_empty_prefix_is_the_beginning_of_a_text():

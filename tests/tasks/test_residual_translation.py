@@ -96,6 +96,13 @@ def test_negatives_are_the_bases_translations(tiny):
     assert pairs == [(source, row[mask].tolist()) for source, row, mask in zip(sources, expected.tokens, expected.mask)]
 
 
+def test_a_base_whose_probabilities_are_no_numbers_ends_it(tiny):
+    task, batch = setting(tiny)
+    task.base.model.decoder.layers[0].fc1.weight.data.fill_(math.nan)
+    with pytest.raises(UsageError, match="probabilities are no numbers"):
+        task.negatives(batch, 2, training=True)
+
+
 def test_draws_are_fresh_in_training_and_fixed_in_validation(tiny):
     task, batch = setting(tiny)
 
