@@ -94,10 +94,10 @@ class ResidualNceCriterion(FairseqCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
         """Aggregate logging outputs of all workers: the loss per sequence of the data in base 2, energies in nats."""
-        keys = ("loss", "sample_size", *KEYS)
+        keys = ("loss", *KEYS)  # tensors on the device, and nothing else
         sums = [sum(torch.as_tensor(log.get(key, 0.0)).double() for log in logging_outputs) for key in keys]
         total = dict(zip(keys, torch.stack(sums).tolist()))  # one transfer from the device
-        data, noise = total["sample_size"], total["nce_negatives"]
+        data, noise = float(sum(log.get("sample_size", 0) for log in logging_outputs)), total["nce_negatives"]
         metrics.log_scalar("loss", total["loss"] / (data or math.nan) / math.log(2), data, round=3)
         if noise == 0:
             return

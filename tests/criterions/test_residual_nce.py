@@ -132,6 +132,17 @@ def test_log_is_of_all_batches_and_workers():
     }
 
 
+def test_sums_are_taken_on_the_device_of_the_log(monkeypatch):
+    """On a GPU the sample size is a plain number beside tensors that are elsewhere."""
+    task, network, criterion = setting()
+    log = criterion(network, batch(*DATA))[2]
+    away = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in log.items()}
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: [1.0] * len(tensor))
+    with metrics.aggregate(new_root=True) as aggregator:
+        ResidualNceCriterion.reduce_metrics([away, away])
+    assert aggregator.get_smoothed_values()["nce_energy_data"] == 0.25
+
+
 def test_log_stays_finite_where_weights_overflow():
     task, network, criterion = setting()
     with torch.no_grad():
