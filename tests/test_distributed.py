@@ -27,7 +27,8 @@ EPOCH = ["--required-batch-size-multiple", 1, "--max-epoch", 1]
 
 def run_workers(folder, arguments):
     """Two workers of `distributed_worker.py`; none outlives the deadline."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Underscores: torch before 2.0 knows no dashes here.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, WORKER, folder, PLUGIN, *arguments, "--user-dir", PLUGIN]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(list(map(str, command)), cwd=folder, start_new_session=True, **pipes) as process:
