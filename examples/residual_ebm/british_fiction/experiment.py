@@ -23,42 +23,45 @@ from steps import Step, run_steps  # noqa: E402
 
 PREFIX, LENGTH = 40, 64
 SEQUENCES, SAMPLES = 250, 256  # of the test set, and of each sequence for log Z
-# As many parameters as the base model and an energy network together.
-BALM_SIZE = ["--decoder-embed-dim", "200", "--decoder-ffn-embed-dim", "800"]
-ENCODER_SIZE = [
-    "--encoder-layers", "2", "--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512", "--encoder-attention-heads", "4",
-]
 TRAINING = [
     "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr-scheduler", "polynomial_decay", "--clip-norm", "1",
     "--cpu", "--log-interval", "100", "--log-format", "simple", "--no-progress-bar", "--no-epoch-checkpoints", "--num-workers", "1",
 ]
-PRETRAINING = [*TRAINING, "--lr", "2e-3", "--warmup-updates", "400", "--total-num-update", "3400", "--max-epoch", "3"]
 LANGUAGE_MODEL = [
     "--task", "language_modeling", "--criterion", "cross_entropy", "--dropout", "0.1",
-    "--tokens-per-sample", str(LENGTH), "--sample-break-mode", "none", "--max-tokens", "2048", *PRETRAINING,
+    "--tokens-per-sample", str(LENGTH), "--sample-break-mode", "none", "--max-tokens", "2048", *TRAINING,
+]
+TWO_EPOCHS = ["--total-num-update", "2264", "--max-epoch", "2"]
+THREE_EPOCHS = ["--lr", "2e-3", "--warmup-updates", "400", "--total-num-update", "3400", "--max-epoch", "3"]
+BASE = [
+    "--arch", "transformer_lm_residual_tiny", "--decoder-layers", "1", "--decoder-embed-dim", "64", "--decoder-ffn-embed-dim", "256",
+    "--decoder-attention-heads", "2", *LANGUAGE_MODEL, "--lr", "3e-3", "--warmup-updates", "200", *TWO_EPOCHS,
+]
+BALM = ["--arch", "transformer_lm_residual_tiny", *LANGUAGE_MODEL, *THREE_EPOCHS]
+RALM = [
+    "--arch", "residual_transformer_lm_tiny", *LANGUAGE_MODEL, "--lr", "2e-3", "--warmup-updates", "400", *TWO_EPOCHS,
 ]
 MASKED_LANGUAGE_MODEL = [
-    "--task", "masked_lm", "--criterion", "masked_lm", "--arch", "roberta", *ENCODER_SIZE, "--dropout", "0.1",
-    "--attention-dropout", "0.1", "--tokens-per-sample", str(LENGTH + 1), "--max-positions", "128", "--sample-break-mode", "none",
-    "--max-tokens", "2080", *PRETRAINING,
+    "--task", "masked_lm", "--criterion", "masked_lm", "--arch", "roberta", "--encoder-layers", "2", "--encoder-embed-dim", "128",
+    "--encoder-ffn-embed-dim", "512", "--encoder-attention-heads", "4", "--dropout", "0.1", "--attention-dropout", "0.1",
+    "--tokens-per-sample", str(LENGTH + 1), "--max-positions", "128", "--sample-break-mode", "none", "--max-tokens", "2080",
+    *TRAINING, *THREE_EPOCHS,
 ]
-ENERGY_UPDATES = "2000"
 ENERGY = [
     "--task", "residual_language_modeling", "--criterion", "residual_nce", "--prefix-length", str(PREFIX),
-    "--sequence-length", str(LENGTH), "--batch-size", "32", "--batch-size-valid", "32", "--dropout", "0.1",
-    "--warmup-updates", "100", "--total-num-update", ENERGY_UPDATES, "--max-update", ENERGY_UPDATES, *TRAINING,
+    "--sequence-length", str(LENGTH), "--batch-size", "32", "--batch-size-valid", "32", "--dropout", "0.1", "--lr", "1e-3",
+    "--warmup-updates", "100", "--total-num-update", "2000", "--max-update", "2000", *TRAINING,
 ]
-# Learning rates: from scratch a network takes a larger one than from a pre-trained start.
+# Each energy's flags, the model that it starts from, and whether every seed trains one.
 ENERGIES = {
-    "unit": ["--arch", "unit_tiny", "--lr", "1e-3"],
-    "bit": ["--arch", "bit_tiny", "--max-positions", "128", "--lr", "1e-3"],
-    "bit-mlm": ["--arch", "bit_tiny", "--max-positions", "128", "--lr", "5e-4"],
+    "unit": (["--arch", "unit_tiny"], "balm", True),
+    "bit": (["--arch", "bit_tiny", "--max-positions", "128"], None, False),
+    "bit-mlm": (["--arch", "bit_tiny", "--max-positions", "128"], "mlm", False),
 }
-REPEATED = ("bit", "bit-mlm")  # with every seed
 SEED = 1  # of all other models
 NAMES = {
-    "base": "BASE LM", "balm": "BALM (as many parameters as BASE + energy)", "ralm": "RALM", "unit": "joint UNIT",
-    "bit": "joint BIT, from scratch", "bit-mlm": "joint BIT, masked-LM start",
+    "base": "BASE LM", "unit": "joint UNIT, started from BALM", "bit": "joint BIT, from scratch",
+    "bit-mlm": "joint BIT, started from the masked LM", "ralm": "RALM", "balm": "BALM",
 }
 
 
@@ -74,16 +77,12 @@ class Experiment:
         self.data, self.output = data, output
 
     def steps(self, seeds: List[int]) -> List[Step]:
-        """One base model, and every energy on it with the first seed; those of `REPEATED` with all seeds."""
-        runs = [(name, seed) for name in ENERGIES for seed in (seeds if name in REPEATED else seeds[:1])]
+        """All models with the first seed, and the energies that say so with every seed."""
+        runs = [(name, seed) for name, (_, _, every) in ENERGIES.items() for seed in (seeds if every else seeds[:1])]
         base = ["--base-lm", str(self._checkpoint("base"))]
-        steps = [
-            self._train("base", ["--arch", "transformer_lm_residual_tiny", *LANGUAGE_MODEL]),
-            self._train("mlm", MASKED_LANGUAGE_MODEL),
-            *[self._energy(name, seed) for name, seed in runs],
-            self._train("ralm", ["--arch", "residual_transformer_lm_tiny", *base, *LANGUAGE_MODEL], needs=("base",)),
-            self._train("balm", ["--arch", "transformer_lm_residual_tiny", *BALM_SIZE, *LANGUAGE_MODEL]),
-        ]
+        steps = [self._train("base", BASE), self._train("balm", BALM), self._train("mlm", MASKED_LANGUAGE_MODEL)]
+        steps += [self._energy(name, seed) for name, seed in runs]
+        steps += [self._train("ralm", [*RALM, *base], needs=("base",))]
         steps += [self._perplexity("base", seed, name) for name, seed in runs]
         return [*steps, *[self._perplexity(name, SEED) for name in ("base", "ralm", "balm")]]
 
@@ -96,8 +95,8 @@ class Experiment:
         return Step(f"{name}-{seed}", words, tuple(f"{need}-{SEED}" for need in needs))
 
     def _energy(self, name: str, seed: int) -> Step:
-        start = {"unit": "base", "bit-mlm": "mlm"}.get(name)
-        flags = [*ENERGY, *ENERGIES[name], "--base-lm", str(self._checkpoint("base"))]
+        flags, start, _ = ENERGIES[name]
+        flags = [*ENERGY, *flags, "--base-lm", str(self._checkpoint("base"))]
         if start:
             flags += ["--energy-init", str(self._checkpoint(start))]
         return self._train(name, flags, seed, ["base", start] if start else ["base"])
