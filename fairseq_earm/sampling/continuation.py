@@ -74,6 +74,8 @@ class ContinuationSampler:
 
     def _proposal(self, logits: Tensor) -> Tensor:
         logits = without_padding(logits, self.pad) / self.temperature
+        if self.topk < 1 and self.topp <= 0:
+            return logits  # `draw` normalises them
         return truncate_log_probs(logits.log_softmax(-1), self.topk, self.topp)
 
 
