@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from steps import Step, run_steps  # noqa: E402
 
 PREFIX, LENGTH = 40, 64
-SEQUENCES, SAMPLES = 250, 256  # of the test set, and of each sequence for log Z
+SEQUENCES, SAMPLES = 250, 512  # of the test set, and of each sequence for log Z
 TRAINING = [
     "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr-scheduler", "polynomial_decay", "--clip-norm", "1",
     "--cpu", "--log-interval", "100", "--log-format", "simple", "--no-progress-bar", "--no-epoch-checkpoints", "--num-workers", "1",
