@@ -36,7 +36,7 @@ class Size(NamedTuple):
     seeds: tuple
 
 
-FULL = Size(20_000, 500, 500, 500, 600, 25, 1000, (1, 2, 3))
+FULL = Size(20_000, 500, 250, 500, 600, 25, 1000, (1, 2, 3))
 QUICK = Size(400, 40, 40, 10, 5, 3, 20, (1,))
 
 ENERGIES = {
