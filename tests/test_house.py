@@ -10,7 +10,7 @@ FLOORS = {
 }
 # Rooms that may know one beside them: tasks wrap or build their generator, RALM loads its base as samplers do.
 NEIGHBOURS = {("tasks", "reranking"), ("tasks", "joint_generation"), ("models", "sampling")}
-ANYWHERE = {"errors", "compat", "compat_versions"}
+ANYWHERE = {"errors", "compat", "compat_versions", "meter_state"}
 
 
 def imported_modules(path):

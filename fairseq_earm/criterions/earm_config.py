@@ -72,22 +72,21 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
     max_update: int = II("optimization.max_update")
 
 
-def check_config(cfg, max_target_positions=None) -> None:
+def check_config(cfg) -> None:
     """Refuse settings that cannot work, before any training.
 
     Args:
         cfg: the criterion's configuration.
-        max_target_positions: longest target that task and model take, None where there is no such limit.
     Raises:
         UsageError: one line with the flag, its value and the remedy.
     """
-    for problem, flag, remedy in _problems(cfg, max_target_positions):
+    for problem, flag, remedy in _problems(cfg):
         if problem:
             value = getattr(cfg, flag[2:].replace("-", "_"))
             raise UsageError(f"{flag} {value}: {remedy}")
 
 
-def _problems(cfg, max_target_positions):
+def _problems(cfg):
     """Pairs of a condition that must not hold and what to say of it: (condition, flag, remedy)."""
     truncates = cfg.earm_sampling_topk != -1 or cfg.earm_sampling_topp != -1 or cfg.earm_sampling_temperature != 1
     return [
@@ -114,11 +113,6 @@ def _problems(cfg, max_target_positions):
         (not 0 <= cfg.earm_max_len_a < math.inf, "--earm-max-len-a", "give a finite number of at least 0"),
         (cfg.earm_max_len_b < 0, "--earm-max-len-b", "give a number of at least 0"),
         (cfg.earm_max_len_a == 0 == cfg.earm_max_len_b, "--earm-max-len-b", "gives negatives no token; give at least 1"),
-        (
-            max_target_positions is not None and cfg.earm_max_len_b >= max_target_positions,
-            "--earm-max-len-b",
-            f"negatives would exceed the model's {max_target_positions} target positions; give less",
-        ),
         (
             truncates and cfg.earm_sampler != "generator",
             "--earm-sampler",

@@ -7,52 +7,43 @@ import torch
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.logging import metrics
-from fairseq.modules import LearnedPositionalEmbedding
 
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config
 from fairseq_earm.criterions.earm_log import earm_values, log_entries, reduce_earm_metrics
-from fairseq_earm.criterions.joint_forward import forward_with_negatives
-from fairseq_earm.criterions.training_clock import (
-    EarmSchedule,
-    MeterState,
-    NonfiniteGuard,
-    TrainingClock,
-    restore_state_at_epoch_ends,
-)
+from fairseq_earm.criterions.training_clock import EarmSchedule, NonfiniteGuard, TrainingClock
 from fairseq_earm.ebm.earm import earm_loss, nll_terms
-from fairseq_earm.ebm.energy import last_step, smoothed_nll, token_energies, widen
+from fairseq_earm.ebm.energy import TokenEnergies, last_step, smoothed_nll, token_energies, widen
 from fairseq_earm.ebm.weights import moving_log_normalizer, step_log_normalizer
-from fairseq_earm.errors import UsageError
-from fairseq_earm.sampling import build_sampler
-from fairseq_earm.sampling.scoring import decoder_input, energies_with_post_step, start_tokens
+from fairseq_earm.meter_state import MeterState, restore_state_at_epoch_ends
+from fairseq_earm.sampling.encoder_decoder import EncoderDecoderFamily
+from fairseq_earm.sampling.scoring import energies_with_post_step
 
 
 @register_criterion("earm_cross_entropy", dataclass=EarmCrossEntropyConfig)
 class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
-    """Cross-entropy + λ · E-ARM (Wang et al., Eqs. 6-16), for any task with an encoder-decoder model.
+    """Cross-entropy + λ · E-ARM (Wang et al., Eqs. 6-16), for every kind of model that the task has a `ModelFamily` for.
 
-    Before E-ARM starts, with λ = 0 and in validation this is the stock criterion itself.
+    A task without one has encoder-decoder models. Before E-ARM starts, with λ = 0 and in validation this is the stock
+    criterion itself.
     """
 
     def __init__(self, task, cfg):
         super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy)
-        check_config(cfg, _max_target_positions(task))
+        check_config(cfg)
         self.cfg = cfg
-        if getattr(getattr(task, "cfg", None), "left_pad_target", False):
-            raise UsageError("--left-pad-target True: E-ARM counts steps from the left; leave the flag out")
-        self.eos = _end_of_sentence(task.target_dictionary)
+        build_family = getattr(task, "build_model_family", None)
+        self.family = EncoderDecoderFamily(cfg, task) if build_family is None else build_family(cfg)
         self.post = cfg.earm_energy_steps == "post"
         self.state = MeterState()
         restore_state_at_epoch_ends()
         self.guard = NonfiniteGuard(task, self.state)
         self.schedule = EarmSchedule(cfg, TrainingClock(task), self.state)
-        self.sampler = getattr(task, "build_negative_sampler", build_sampler)(cfg, task.target_dictionary)
         self.checked = False
 
     def forward(self, model, sample, reduce=True):
         """Loss, sample size and logging output of one batch, as in the stock criterion."""
         if not self.checked and self.cfg.earm_weight > 0:
-            _check_model(model)
+            self.family.check(model)
             self.checked = True
         weight = self.schedule.current_weight() if model.training else 0.0
         if weight == 0:
@@ -68,44 +59,37 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         mask = target.ne(self.padding_idx)
         mask[:, : self.ignore_prefix_size] = False
         if self.cfg.earm_control:
-            net_output = model(**self._net_input(model, sample))
+            passes = self.family.forward(model, sample)
         else:
-            samples, seconds = self._sample(model, sample)
-            net_output, negative_output = self._forward_pair(model, sample, samples)
+            started = time.perf_counter()
+            samples = self.family.draw(model, sample, self.cfg.earm_negatives)
+            seconds = time.perf_counter() - started
+            passes = self.family.forward_pair(model, sample, samples)
 
-        logits = widen(net_output[0])
+        logits = widen(passes.logits)
         energies, alive = self._energies(logits, target, mask)
         cross_entropy, nll, smoothed = self._cross_entropy(energies, logits, mask)
+        if passes.teacher_forced is not passes.logits:
+            logits_of_data = widen(passes.teacher_forced)
+            energies, alive = self._energies(logits_of_data, target, mask)
+            smoothed = smoothed_nll(energies, logits_of_data, self.eps)
+        energies, alive, smoothed = self._contrasted(energies, alive, smoothed)
         history = smoothed if self.cfg.earm_smooth_history else None
         if self.cfg.earm_control:
             terms = nll_terms(energies, alive, positive_history=history, **self._steps())
             steps = alive if self.cfg.earm_energy_steps == "all" else alive.any(1)
             values = {"earm_batches": 1, "earm_loss": terms.detach(), "earm_steps": steps.sum()}
         else:
-            earm = self._earm(energies, alive, history, negative_output, samples)
+            earm = self._earm(energies, alive, history, passes.negatives, samples)
             terms, values = earm.loss, earm_values(earm, samples, seconds)
         loss = cross_entropy + weight * terms
         log = {"loss": loss.data, "nll_loss": nll.data, "ntokens": sample["ntokens"], "nsentences": target.size(0)}
         return self._finish(loss, log, sample, values, logits, mask)
 
-    def _sample(self, model, sample):
-        started = time.perf_counter()
-        prefix = sample["target"][:, : self.ignore_prefix_size] if self.ignore_prefix_size > 0 else None
-        samples = self.sampler(model, sample["net_input"], self.cfg.earm_negatives, prefix)
-        return samples, time.perf_counter() - started
-
-    def _forward_pair(self, model, sample, samples):
-        starts = start_tokens(sample["net_input"], self.eos)[samples.sources]
-        negative_input = decoder_input(samples.tokens, starts, extra_step=self.post)
-        return forward_with_negatives(model, self._net_input(model, sample), negative_input, samples.sources)
-
-    def _net_input(self, model, sample) -> dict:
-        if not self.post:
-            return sample["net_input"]
-        _check_positions(model.decoder, sample["target"].size(1) + 1)
-        starts = start_tokens(sample["net_input"], self.eos)
-        extended = decoder_input(sample["target"], starts, extra_step=True)
-        return {**sample["net_input"], "prev_output_tokens": extended}
+    def _contrasted(self, energies, alive, smoothed):
+        """Energies, mask and smoothed NLL of the data at the steps that negatives are held against."""
+        pick = self.family.contrasted
+        return TokenEnergies(*map(pick, energies)), pick(alive), pick(smoothed)
 
     def _energies(self, logits, tokens, mask):
         """Energies and the mask of their steps: (B, T), or (B, T + 1) where the energy is read after the last token."""
@@ -123,8 +107,8 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     def _steps(self) -> dict:
         return {"recent_tokens": self.cfg.earm_recent_tokens, "energy_steps": str(self.cfg.earm_energy_steps)}
 
-    def _earm(self, energies, alive, history, negative_output, samples):
-        negative, negative_alive = self._energies(negative_output[0], samples.tokens, samples.mask)
+    def _earm(self, energies, alive, history, negative_logits, samples):
+        negative, negative_alive = self._energies(negative_logits, samples.tokens, samples.mask)
         return earm_loss(
             energies,
             alive,
@@ -173,42 +157,3 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         else:
             super().reduce_metrics(logging_outputs)
         reduce_earm_metrics(logging_outputs)
-
-
-def _end_of_sentence(dictionary) -> int:
-    eos = getattr(dictionary, "eos_index", None)
-    if eos is None or not 0 <= eos < len(dictionary) or eos == dictionary.pad():
-        raise UsageError(
-            "--criterion earm_cross_entropy: the target dictionary has no end-of-sentence, without which no sample would "
-            "end; use one built by fairseq-preprocess"
-        )
-    return eos
-
-
-def _max_target_positions(task):
-    positions = task.max_positions()
-    positions = positions[1] if isinstance(positions, (tuple, list)) else positions
-    return positions if isinstance(positions, (int, float)) else None  # some tasks have one per language pair
-
-
-def _check_positions(decoder, steps: int) -> None:
-    """Refuse a target that fills all learned positions; computed ones go on without end."""
-    positions = getattr(decoder, "embed_positions", None)
-    if isinstance(positions, LearnedPositionalEmbedding) and steps > positions.max_positions:
-        raise UsageError(
-            f"--earm-energy-steps post: reads one step more than a target has, and the longest one has all "
-            f"{positions.max_positions} positions of the model; leave longer targets out of the data, or use last"
-        )
-
-
-def _check_model(model) -> None:
-    """Refuse models that E-ARM cannot be computed for.
-
-    Raises:
-        UsageError: one line that names the cause and the remedy.
-    """
-    flag = "--criterion earm_cross_entropy"
-    if not hasattr(model, "encoder") or not hasattr(model, "decoder"):
-        raise UsageError(f"{flag}: needs an encoder-decoder model, and {type(model).__name__} is none")
-    if getattr(model.decoder, "adaptive_softmax", None) is not None:
-        raise UsageError(f"{flag}: an adaptive softmax has no logits to read energies from; train without --adaptive-softmax-cutoff")

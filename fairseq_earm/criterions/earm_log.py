@@ -7,7 +7,7 @@ import torch
 from fairseq.logging import metrics
 from torch import Tensor
 
-from fairseq_earm.criterions.training_clock import MeterState
+from fairseq_earm.meter_state import MeterState
 from fairseq_earm.ebm.earm import EarmLoss
 from fairseq_earm.sampling.samples import Samples
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.samples import Samples
-from fairseq_earm.sampling.scoring import start_tokens
+from fairseq_earm.sampling.scoring import full_logits, start_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,8 @@ class _Decoding:
     def next_logits(self, prefixes: Tensor) -> Tensor:
         """(R, V) logits of the token after `prefixes` (R, t), at least float32."""
         extra = {} if self.cache is None else {"incremental_state": self.cache}
-        return widen(self.decoder(prefixes, encoder_out=self.encoder_out, **extra)[0][:, -1])
+        output = self.decoder(prefixes, encoder_out=self.encoder_out, **extra)
+        return widen(full_logits(self.decoder, output)[:, -1])
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows of the batch but `rows`."""

@@ -11,7 +11,7 @@ from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.ancestral import draw
 from fairseq_earm.sampling.prefill import prefill
 from fairseq_earm.sampling.samples import Samples
-from fairseq_earm.sampling.scoring import decoder_input
+from fairseq_earm.sampling.scoring import decoder_input, full_logits
 from fairseq_earm.sampling.search import truncate_log_probs
 
 
@@ -51,26 +51,40 @@ class ContinuationSampler:
         Raises:
             UsageError: probabilities that are no numbers, as half precision or a diverged training leave them.
         """
-        sources = torch.arange(prefixes.size(0), device=prefixes.device).repeat_interleave(samples)
-        read, cache = decoder_input(prefixes, self.eos, extra_step=True), {}
+        return self.go_on(model, decoder_input(prefixes, self.eos, extra_step=True), samples, generator=generator)
+
+    @torch.no_grad()
+    def go_on(
+        self, model, read: Tensor, samples: int = 1, *, length: Optional[int] = None,
+        generator: Optional[torch.Generator] = None,
+    ) -> Samples:
+        """As `__call__`, from all that the decoder reads before the first drawn token.
+
+        Args:
+            read: (B, 1 + P) tokens without padding, the decoder's first input included.
+            length: tokens to draw, by default the sampler's.
+        """
+        length = self.length if length is None else length
+        sources = torch.arange(read.size(0), device=read.device).repeat_interleave(samples)
+        cache: dict = {}
         prefill(model.decoder, read[:, :-1], cache)
         logits = self._next_logits(model, read, cache)[sources]
         read = read[sources]
         model.decoder.reorder_incremental_state_scripting(cache, sources)
         log_q = []
-        for step in range(self.length):
+        for step in range(length):
             if step > 0:
                 logits = self._next_logits(model, read, cache)
             tokens, log_probs = draw(self._proposal(logits), generator)
             read = torch.cat([read, tokens.unsqueeze(1)], 1)
             log_q.append(log_probs)
-        tokens = read[:, read.size(1) - self.length :]
+        tokens = read[:, read.size(1) - length :]
         everywhere = torch.ones_like(tokens, dtype=torch.bool)
         truncated = torch.zeros_like(sources, dtype=torch.bool)
         return Samples(tokens, everywhere, finite_log_q(torch.stack(log_q, 1)), truncated, sources)
 
     def _next_logits(self, model, read: Tensor, cache: dict) -> Tensor:
-        return widen(model.decoder(read, incremental_state=cache)[0][:, -1])
+        return widen(full_logits(model.decoder, model.decoder(read, incremental_state=cache))[:, -1])
 
     def _proposal(self, logits: Tensor) -> Tensor:
         logits = without_padding(logits, self.pad) / self.temperature
@@ -103,6 +117,6 @@ def score_continuations(model, tokens: Tensor, prefix_length: int, *, pad: int, 
         tokens: (R, L) prefixes and their continuations, without padding.
         pad, eos: the dictionary's.
     """
-    logits = model.decoder(decoder_input(tokens, eos))[0][:, prefix_length:]
+    logits = full_logits(model.decoder, model.decoder(decoder_input(tokens, eos)))[:, prefix_length:]
     log_probs = without_padding(widen(logits), pad).log_softmax(-1)
     return log_probs.gather(-1, tokens[:, prefix_length:].unsqueeze(-1)).squeeze(-1)

@@ -19,7 +19,8 @@ def on_its_own(model: nn.Module):
     modes = [(module, module.training) for module in model.modules()]
     names = ("beam_size", "_beam_size")  # of an attention, of a decoder
     beams = [(module, name, vars(module)[name]) for module in model.modules() for name in names if name in vars(module)]
-    reorder = vars(model.encoder).pop("reorder_encoder_out", None)
+    encoder = getattr(model, "encoder", None)
+    reorder = None if encoder is None else vars(encoder).pop("reorder_encoder_out", None)
     model.eval()
     for module, name, _ in beams:
         setattr(module, name, 1)
@@ -31,7 +32,7 @@ def on_its_own(model: nn.Module):
         for module, name, beam_size in beams:
             setattr(module, name, beam_size)
         if reorder is not None:
-            model.encoder.reorder_encoder_out = reorder
+            encoder.reorder_encoder_out = reorder
 
 
 @contextmanager

@@ -21,6 +21,27 @@ class SequenceScores(NamedTuple):
     log_mu: Tensor
 
 
+def full_logits(decoder, net_output: tuple) -> Tensor:
+    """(R, T, V) logits of a decoder's output.
+
+    An adaptive softmax has no such tensor: it says log p(x) = log p(cluster) + log p(x | cluster). Written as logits whose
+    logsumexp is that of its head, softmax and free offset (Eq. 4) are exactly the head's.
+
+    Args:
+        decoder: a fairseq decoder.
+        net_output: what it returned; logits, or features for its adaptive softmax, come first.
+    """
+    softmax = getattr(decoder, "adaptive_softmax", None)
+    if softmax is None:
+        return net_output[0]
+    features, shortlist = net_output[0], softmax.cutoff[0]
+    head = softmax.head(features).view(*features.shape[:-1], -1)
+    clusters = [
+        head[..., shortlist + number, None] + tail(features).log_softmax(-1) for number, tail in enumerate(softmax.tail)
+    ]
+    return torch.cat([head[..., :shortlist], *clusters], -1)
+
+
 def decoder_input(tokens: Tensor, start, *, extra_step: bool = False) -> Tensor:
     """Shift targets right behind the decoder's start token.
 
@@ -83,7 +104,8 @@ def score_sequences(
         encoder_out = model.encoder.reorder_encoder_out(encoder_out, sources)
         start = start[sources]
     post = energy_step == "post"
-    logits = model.decoder(decoder_input(tokens, start, extra_step=post), encoder_out=encoder_out)[0]
+    output = model.decoder(decoder_input(tokens, start, extra_step=post), encoder_out=encoder_out)
+    logits = full_logits(model.decoder, output)
     if post:
         energies, alive = energies_with_post_step(logits, tokens, mask)
     else:

@@ -1,2 +1,2 @@
 """fairseq tasks; importing this package registers them."""
-from fairseq_earm.tasks import earm_translation, residual_language_modeling, residual_translation  # noqa: F401
+from fairseq_earm.tasks import earm_language_modeling, earm_translation, residual_language_modeling, residual_translation  # noqa: F401

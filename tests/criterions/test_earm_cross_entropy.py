@@ -25,7 +25,7 @@ def test_where_earm_is_off_it_is_the_stock_criterion(off, extra):
     model = tiny_model(dropout=0.2)
     model.train(off != "eval")
     criterion = build(model, **{**({} if off == "eval" else off), **extra})
-    criterion.sampler = None
+    criterion.family.sampler = None
     stock_flags = {key: extra.get(key, default) for key, default in
                    [("label_smoothing", 0.0), ("ignore_prefix_size", 0), ("report_accuracy", False)]}
     stock = LabelSmoothedCrossEntropyCriterion(criterion.task, extra.get("sentence_avg", False), **stock_flags)
@@ -113,7 +113,7 @@ def independent_loss(model, sample, *, m, steps, normalizer, epsilon, prefix, we
 def test_loss_and_gradient_are_the_papers(flags):
     model = tiny_model().train()
     criterion = build(model, **flags)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
+    criterion.family.sampler = FixedSampler(model, NEGATIVES)
     sample = batch(model)
     loss, _, log = criterion(model, sample)
     expected = independent_loss(
@@ -132,7 +132,7 @@ def test_loss_and_gradient_are_the_papers(flags):
 def test_control_is_cross_entropy_and_nll_terms_and_samples_nothing():
     model = tiny_model().train()
     criterion = build(model, earm_control=True, earm_weight=0.5, earm_recent_tokens=1)
-    criterion.sampler = None
+    criterion.family.sampler = None
     sample = batch(model)
     loss, _, log = criterion(model, sample)
     expected = 0.0
@@ -147,7 +147,7 @@ def test_control_is_cross_entropy_and_nll_terms_and_samples_nothing():
 def test_encoder_and_wrapper_run_once_and_both_decoder_passes_in_training_mode():
     model = tiny_model(dropout=0.5).train()
     criterion = build(model)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
+    criterion.family.sampler = FixedSampler(model, NEGATIVES)
     calls = []
     for name, module in (("model", model), ("encoder", model.encoder), ("decoder", model.decoder)):
         module.register_forward_hook(lambda module, *rest, name=name: calls.append((name, module.training)))
@@ -159,7 +159,7 @@ def test_encoder_and_wrapper_run_once_and_both_decoder_passes_in_training_mode()
 def test_hooks_are_gone_after_a_failure():
     model = tiny_model().train()
     criterion = build(model)
-    criterion.sampler = FixedSampler(model, [((4, 2), 99, False)])
+    criterion.family.sampler = FixedSampler(model, [((4, 2), 99, False)])
     with pytest.raises(IndexError):
         criterion(model, batch(model))
     assert not model.encoder._forward_hooks and not model.decoder._forward_hooks
@@ -170,7 +170,7 @@ def test_log_has_the_same_keys_in_every_update_and_sums_over_workers():
     outputs = []
     for flags in ({}, {"earm_weight": 0.0}, {"earm_control": True}):
         criterion = build(model, **flags)
-        criterion.sampler = FixedSampler(model, NEGATIVES)
+        criterion.family.sampler = FixedSampler(model, NEGATIVES)
         outputs.append(criterion(model, batch(model))[2])
     assert outputs[0].keys() == outputs[1].keys() == outputs[2].keys()
     assert all(torch.is_tensor(v) and v.dim() == 0 for log in outputs for k, v in log.items() if k.startswith("earm_"))
@@ -187,7 +187,7 @@ def test_log_has_the_same_keys_in_every_update_and_sums_over_workers():
 def test_logged_figures_are_means_of_what_they_say():
     model = tiny_model().train()
     criterion = build(model, earm_energy_steps="last")
-    criterion.sampler = FixedSampler(model, NEGATIVES)
+    criterion.family.sampler = FixedSampler(model, NEGATIVES)
     sample = batch(model)
     with metrics.aggregate() as logged:
         criterion.reduce_metrics([criterion(model, sample)[2]])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
-from fairseq_earm.criterions.training_clock import MAX_SKIPPED_IN_A_ROW, MeterState
+from fairseq_earm.criterions.training_clock import MAX_SKIPPED_IN_A_ROW
+from fairseq_earm.meter_state import MeterState
 from tests.criterions.stubs import NEGATIVES, FixedSampler, batch, build
 from tests.tiny_model import tiny_model
 
@@ -17,7 +18,7 @@ from tests.tiny_model import tiny_model
 def test_moving_normaliser_averages_over_updates(energy_steps):
     model = tiny_model().train()
     criterion = build(model, earm_normalizer_ema=0.75, earm_energy_steps=energy_steps)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
+    criterion.family.sampler = FixedSampler(model, NEGATIVES)
     criterion(model, batch(model))
     first = MeterState().get("log_normalizer")
     assert first.numel() == (4 if energy_steps == "all" else 1)
@@ -26,7 +27,7 @@ def test_moving_normaliser_averages_over_updates(energy_steps):
     criterion(model, batch(model))
     moved = MeterState().get("log_normalizer")
     plain = build(model, earm_normalizer_ema=0.75, earm_energy_steps=energy_steps)
-    plain.sampler = criterion.sampler
+    plain.family.sampler = criterion.family.sampler
     metrics.reset()
     plain(model, batch(model))
     batch_only = MeterState().get("log_normalizer")
@@ -83,7 +84,7 @@ def one_update(criterion, model, optimizer, update):
 def test_updates_that_are_not_finite_are_skipped_counted_and_kept_out_of_the_log():
     model = tiny_model().train()
     criterion = build(model)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
+    criterion.family.sampler = FixedSampler(model, NEGATIVES)
     optimizer = Optimizer(model)
     weight = model.decoder.output_projection.weight
     norm, _ = one_update(criterion, model, optimizer, 0)
@@ -110,7 +111,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_kept_out_of_the_log
 def test_training_stops_when_no_update_is_finite():
     model = tiny_model().train()
     criterion = build(model)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
+    criterion.family.sampler = FixedSampler(model, NEGATIVES)
     optimizer = Optimizer(model)
     with torch.no_grad():
         model.decoder.output_projection.weight.fill_(math.nan)
@@ -121,7 +122,7 @@ def test_training_stops_when_no_update_is_finite():
 def test_a_non_finite_batch_does_not_spoil_the_moving_normaliser():
     model = tiny_model().train()
     criterion = build(model, earm_normalizer_ema=0.9)
-    criterion.sampler = FixedSampler(model, NEGATIVES)
+    criterion.family.sampler = FixedSampler(model, NEGATIVES)
     criterion(model, batch(model))
     before = MeterState().get("log_normalizer").clone()
     with torch.no_grad():

@@ -1,0 +1,88 @@
+"""Encoder-decoder models: translation, and whatever else turns a source into a target."""
+from __future__ import annotations
+
+from fairseq.modules import LearnedPositionalEmbedding
+
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling import build_sampler
+from fairseq_earm.sampling.family import ModelFamily, Passes, end_of_sentence
+from fairseq_earm.sampling.joint_forward import forward_with_negatives
+from fairseq_earm.sampling.samples import Samples
+from fairseq_earm.sampling.scoring import decoder_input, full_logits, start_tokens
+
+
+class EncoderDecoderFamily(ModelFamily):
+    """Negatives answer the batch's own sources, and share their encoder output.
+
+    Args:
+        cfg: the criterion's flags.
+        task: a task whose batches hold source and target.
+    Raises:
+        UsageError: a task or dictionary that cannot serve.
+    """
+
+    def __init__(self, cfg, task):
+        if getattr(getattr(task, "cfg", None), "left_pad_target", False):
+            raise UsageError("--left-pad-target True: E-ARM counts steps from the left; leave the flag out")
+        self.eos = end_of_sentence(task.target_dictionary)
+        _check_max_length(cfg, task)
+        self.given = max(cfg.ignore_prefix_size, 0)
+        self.post = cfg.earm_energy_steps == "post"
+        self.sampler = build_sampler(cfg, task.target_dictionary)
+
+    def check(self, model) -> None:
+        if not hasattr(model, "encoder") or not hasattr(model, "decoder"):
+            raise UsageError(
+                f"--criterion earm_cross_entropy: this task's models are encoder-decoder models, and {type(model).__name__} is "
+                "none; for language models there is --task earm_language_modeling, for images earm_image_modeling"
+            )
+
+    def draw(self, model, sample, negatives) -> Samples:
+        prefix = sample["target"][:, : self.given] if self.given else None
+        return self.sampler(model, sample["net_input"], negatives, prefix)
+
+    def forward(self, model, sample) -> Passes:
+        return _passes(model, model(**self._net_input(model, sample)))
+
+    def forward_pair(self, model, sample, samples) -> Passes:
+        starts = start_tokens(sample["net_input"], self.eos)[samples.sources]
+        read = decoder_input(samples.tokens, starts, extra_step=self.post)
+        encoder, decoder = model.encoder, model.decoder
+
+        def decode_negatives(encoder_out):
+            return decoder(read, encoder_out=encoder.reorder_encoder_out(encoder_out, samples.sources))
+
+        output, negative = forward_with_negatives(model, self._net_input(model, sample), decode_negatives)
+        return _passes(model, output)._replace(negatives=full_logits(decoder, negative))
+
+    def _net_input(self, model, sample) -> dict:
+        if not self.post:
+            return sample["net_input"]
+        _check_positions(model.decoder, sample["target"].size(1) + 1)
+        starts = start_tokens(sample["net_input"], self.eos)
+        return {**sample["net_input"], "prev_output_tokens": decoder_input(sample["target"], starts, extra_step=True)}
+
+
+def _passes(model, output) -> Passes:
+    logits = full_logits(model.decoder, output)
+    return Passes(logits, logits)
+
+
+def _check_max_length(cfg, task) -> None:
+    positions = task.max_positions()
+    positions = positions[1] if isinstance(positions, (tuple, list)) else positions
+    # Some tasks have one number per language pair.
+    if isinstance(positions, (int, float)) and cfg.earm_max_len_b >= positions:
+        raise UsageError(
+            f"--earm-max-len-b {cfg.earm_max_len_b}: negatives would exceed the model's {positions} target positions; give less"
+        )
+
+
+def _check_positions(decoder, steps: int) -> None:
+    """Refuse a target that fills all learned positions; computed ones go on without end."""
+    positions = getattr(decoder, "embed_positions", None)
+    if isinstance(positions, LearnedPositionalEmbedding) and steps > positions.max_positions:
+        raise UsageError(
+            f"--earm-energy-steps post: reads one step more than a target has, and the longest one has all "
+            f"{positions.max_positions} positions of the model; leave longer targets out of the data, or use last"
+        )

@@ -1,0 +1,98 @@
+"""Language models: negatives are text that the model writes itself, where the data's text stands."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from fairseq.models import FairseqIncrementalDecoder
+from torch import Tensor
+
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.continuation import ContinuationSampler
+from fairseq_earm.sampling.family import ModelFamily, Passes, end_of_sentence
+from fairseq_earm.sampling.isolation import isolated
+from fairseq_earm.sampling.joint_forward import forward_with_negatives
+from fairseq_earm.sampling.samples import Samples
+from fairseq_earm.sampling.scoring import full_logits
+
+
+class LanguageModelFamily(ModelFamily):
+    """Negatives are continuations of each block's own first input token and the `prefix_length` tokens behind it.
+
+    Where blocks are cut out of running text, a negative is as long as the data that it is held against, and
+    end-of-sentence is a token like any other. Where each row is a sentence, both end by it.
+
+    Args:
+        dictionary: the task's.
+        length: most tokens of a negative.
+        prefix_length: tokens of the block that come before.
+        sentences: True where each row is one sentence.
+    Raises:
+        UsageError: no end-of-sentence in the dictionary.
+    """
+
+    def __init__(self, dictionary, length: int, *, prefix_length: int = 0, sentences: bool = False):
+        self.pad = dictionary.pad()
+        self.eos = end_of_sentence(dictionary)
+        self.sampler = ContinuationSampler(dictionary, length)
+        self.prefix_length = prefix_length
+        self.sentences = sentences
+        self.window = slice(prefix_length, prefix_length + length)
+
+    def check(self, model) -> None:
+        kind = type(model).__name__
+        if hasattr(model, "encoder") or not isinstance(getattr(model, "decoder", None), FairseqIncrementalDecoder):
+            raise UsageError(
+                f"--task earm_language_modeling: E-ARM writes its negatives from left to right, and {kind} cannot; give a "
+                "decoder-only model with incremental state, such as --arch transformer_lm"
+            )
+        positions = model.max_positions()
+        if self.sentences and positions is not None and self.window.stop > positions:
+            raise UsageError(
+                f"--earm-negative-length {self.sampler.length}: with --earm-prefix-length {self.prefix_length} it exceeds the "
+                f"{positions} positions of the model; give less"
+            )
+
+    def draw(self, model, sample, negatives) -> Samples:
+        read, data = self._prefixes(sample), self.contrasted(sample["target"])
+        length = self.sampler.length if self.sentences else max(data.size(1), 1)
+        with isolated(model, read):
+            samples = self.sampler.go_on(model, read, negatives, length=length)
+        return samples._replace(mask=self._alive(samples, data))
+
+    def forward(self, model, sample) -> Passes:
+        return _passes(model, model(**sample["net_input"]))
+
+    def forward_pair(self, model, sample, samples) -> Passes:
+        read = torch.cat([self._prefixes(sample)[samples.sources], samples.tokens[:, :-1]], 1)
+        decoder = model.decoder
+
+        def decode_negatives(encoder_out):
+            memory = {"memory": decoder.select_memory(samples.sources)} if hasattr(decoder, "select_memory") else {}
+            return decoder(read, **memory)
+
+        output, negative = forward_with_negatives(model, sample["net_input"], decode_negatives)
+        return _passes(model, output)._replace(negatives=full_logits(decoder, negative)[:, self.prefix_length :])
+
+    def contrasted(self, values: Tensor) -> Tensor:
+        return values[:, self.window]
+
+    def _prefixes(self, sample) -> Tensor:
+        """(B, prefix_length + 1) what the decoder reads before the first drawn token; a row that ends before reads anything."""
+        tokens = sample["net_input"]["src_tokens"][:, : self.prefix_length + 1]
+        missing = self.prefix_length + 1 - tokens.size(1)
+        tokens = F.pad(tokens, (0, missing), value=self.pad)
+        return tokens.masked_fill(tokens.eq(self.pad), self.eos)
+
+    def _alive(self, samples: Samples, target: Tensor) -> Tensor:
+        """(R, T') drawn tokens that stand against data: no row whose data ends before the negatives begin has any."""
+        steps = samples.tokens.size(1)
+        data = F.pad(target.ne(self.pad), (0, steps - target.size(1)))[samples.sources]
+        if not self.sentences:
+            return data
+        ended = samples.tokens.eq(self.eos)
+        return (ended.cumsum(1) - ended.long()).eq(0) & data[:, :1]
+
+
+def _passes(model, output) -> Passes:
+    logits = full_logits(model.decoder, output)
+    return Passes(logits, logits)
