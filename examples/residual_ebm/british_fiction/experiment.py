@@ -31,34 +31,31 @@ LANGUAGE_MODEL = [
     "--task", "language_modeling", "--criterion", "cross_entropy", "--dropout", "0.1",
     "--tokens-per-sample", str(LENGTH), "--sample-break-mode", "none", "--max-tokens", "2048", *TRAINING,
 ]
-TWO_EPOCHS = ["--total-num-update", "2264", "--max-epoch", "2"]
+SIX_EPOCHS = ["--lr", "3e-3", "--warmup-updates", "200", "--total-num-update", "6792", "--max-epoch", "6"]
+FIVE_EPOCHS = ["--lr", "2e-3", "--warmup-updates", "200", "--total-num-update", "5660", "--max-epoch", "5"]
 THREE_EPOCHS = ["--lr", "2e-3", "--warmup-updates", "400", "--total-num-update", "3400", "--max-epoch", "3"]
 BASE = [
     "--arch", "transformer_lm_residual_tiny", "--decoder-layers", "1", "--decoder-embed-dim", "64", "--decoder-ffn-embed-dim", "256",
-    "--decoder-attention-heads", "2", *LANGUAGE_MODEL, "--lr", "3e-3", "--warmup-updates", "200", *TWO_EPOCHS,
+    "--decoder-attention-heads", "2", *LANGUAGE_MODEL, *SIX_EPOCHS,
 ]
 BALM = ["--arch", "transformer_lm_residual_tiny", *LANGUAGE_MODEL, *THREE_EPOCHS]
-RALM = [
-    "--arch", "residual_transformer_lm_tiny", *LANGUAGE_MODEL, "--lr", "2e-3", "--warmup-updates", "400", *TWO_EPOCHS,
-]
+RALM = ["--arch", "residual_transformer_lm_tiny", *LANGUAGE_MODEL, *THREE_EPOCHS]
+# With 15 % of the words masked, as usual, with dropout and without pre-norm it stays at the frequencies of words for 3,000 updates.
 MASKED_LANGUAGE_MODEL = [
     "--task", "masked_lm", "--criterion", "masked_lm", "--arch", "roberta", "--encoder-layers", "2", "--encoder-embed-dim", "128",
-    "--encoder-ffn-embed-dim", "512", "--encoder-attention-heads", "4", "--dropout", "0.1", "--attention-dropout", "0.1",
-    "--tokens-per-sample", str(LENGTH + 1), "--max-positions", "128", "--sample-break-mode", "none", "--max-tokens", "2080",
-    *TRAINING, *THREE_EPOCHS,
+    "--encoder-ffn-embed-dim", "512", "--encoder-attention-heads", "4", "--encoder-normalize-before", "--mask-prob", "0.4",
+    "--dropout", "0", "--attention-dropout", "0", "--tokens-per-sample", str(LENGTH + 1), "--max-positions", "128",
+    "--sample-break-mode", "none", "--max-tokens", "2080", *TRAINING, *FIVE_EPOCHS,
 ]
 ENERGY = [
     "--task", "residual_language_modeling", "--criterion", "residual_nce", "--prefix-length", str(PREFIX),
     "--sequence-length", str(LENGTH), "--batch-size", "32", "--batch-size-valid", "32", "--dropout", "0.1", "--lr", "1e-3",
     "--warmup-updates", "100", "--total-num-update", "2000", "--max-update", "2000", *TRAINING,
 ]
-# Each energy's flags, the model that it starts from, and whether every seed trains one.
-ENERGIES = {
-    "unit": (["--arch", "unit_tiny"], "balm", True),
-    "bit": (["--arch", "bit_tiny", "--max-positions", "128"], None, False),
-    "bit-mlm": (["--arch", "bit_tiny", "--max-positions", "128"], "mlm", False),
-}
-SEED = 1  # of all other models
+BIT = ["--arch", "bit_tiny", "--max-positions", "128", "--encoder-normalize-before"]
+# Each energy's flags, and the model that it starts from.
+ENERGIES = {"unit": (["--arch", "unit_tiny"], "balm"), "bit": (BIT, None), "bit-mlm": (BIT, "mlm")}
+EVERY_SEED = ("bit-mlm", "unit")  # and the base; all other models have the first seed alone
 NAMES = {
     "base": "BASE LM", "unit": "joint UNIT, started from BALM", "bit": "joint BIT, from scratch",
     "bit-mlm": "joint BIT, started from the masked LM", "ralm": "RALM", "balm": "BALM",
@@ -77,34 +74,38 @@ class Experiment:
         self.data, self.output = data, output
 
     def steps(self, seeds: List[int]) -> List[Step]:
-        """All models with the first seed, and the energies that say so with every seed."""
-        runs = [(name, seed) for name, (_, _, every) in ENERGIES.items() for seed in (seeds if every else seeds[:1])]
-        base = ["--base-lm", str(self._checkpoint("base"))]
-        steps = [self._train("base", BASE), self._train("balm", BALM), self._train("mlm", MASKED_LANGUAGE_MODEL)]
-        steps += [self._energy(name, seed) for name, seed in runs]
-        steps += [self._train("ralm", [*RALM, *base], needs=("base",))]
-        steps += [self._perplexity("base", seed, name) for name, seed in runs]
-        return [*steps, *[self._perplexity(name, SEED) for name in ("base", "ralm", "balm")]]
+        """The models that others need, then for each seed its energies, and with the first seed all the rest."""
+        first = seeds[0]
+        steps = [self._train("base", BASE, seed) for seed in seeds]
+        steps += [self._train("balm", BALM, first), self._train("mlm", MASKED_LANGUAGE_MODEL, first)]
+        for seed in seeds:
+            for name in EVERY_SEED if seed != first else ("bit-mlm", "unit", "bit"):
+                steps += [self._energy(name, seed, first), self._perplexity("base", seed, name)]
+        base = ["--base-lm", str(self._checkpoint("base", first))]
+        steps += [self._train("ralm", [*RALM, *base], first, needs=(f"base-{first}",))]
+        steps += [self._perplexity("base", seed) for seed in seeds]
+        return [*steps, *[self._perplexity(name, first) for name in ("ralm", "balm")]]
 
-    def _checkpoint(self, name: str, seed: int = SEED) -> Path:
+    def _checkpoint(self, name: str, seed: int) -> Path:
         return self.output / f"{name}-{seed}" / "checkpoint_best.pt"
 
-    def _train(self, name: str, flags: List[str], seed: int = SEED, needs: Sequence[str] = ()) -> Step:
+    def _train(self, name: str, flags: List[str], seed: int, needs: Sequence[str] = ()) -> Step:
         save = [f"--save-dir={self._checkpoint(name, seed).parent}", "--seed", str(seed)]
         words = ["fairseq-train", str(self.data), f"--user-dir={PLUGIN}", *flags, *save]
-        return Step(f"{name}-{seed}", words, tuple(f"{need}-{SEED}" for need in needs))
+        return Step(f"{name}-{seed}", words, tuple(needs))
 
-    def _energy(self, name: str, seed: int) -> Step:
-        flags, start, _ = ENERGIES[name]
-        flags = [*ENERGY, *flags, "--base-lm", str(self._checkpoint("base"))]
+    def _energy(self, name: str, seed: int, first: int) -> Step:
+        """On this seed's base, from the one language model or masked language model that there is."""
+        flags, start = ENERGIES[name]
+        flags = [*ENERGY, *flags, "--base-lm", str(self._checkpoint("base", seed))]
         if start:
-            flags += ["--energy-init", str(self._checkpoint(start))]
-        return self._train(name, flags, seed, ["base", start] if start else ["base"])
+            flags += ["--energy-init", str(self._checkpoint(start, first))]
+        return self._train(name, flags, seed, [f"base-{seed}", f"{start}-{first}"] if start else [f"base-{seed}"])
 
     def _perplexity(self, path: str, seed: int, energy: str = "") -> Step:
         """On the same sequences for all."""
         name = energy or path
-        words = ["fairseq-earm-perplexity", str(self.data), "--path", str(self._checkpoint(path)), "--cpu"]
+        words = ["fairseq-earm-perplexity", str(self.data), "--path", str(self._checkpoint(path, seed)), "--cpu"]
         words += ["--max-sequences", str(SEQUENCES), "--prefix-length", str(PREFIX), "--sequence-length", str(LENGTH)]
         words += ["--json", str(self._result(name, seed))]
         if energy:
