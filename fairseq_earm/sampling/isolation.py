@@ -60,21 +60,29 @@ def gathered(model: nn.Module):
 
 
 @contextmanager
-def isolated(model: nn.Module, src_tokens: torch.Tensor):
-    """Run sampling code in a training step: `on_its_own`, without gradients, on random numbers of its own.
+def own_randomness(tokens: torch.Tensor, salt: int = 0):
+    """Draw, in a training step, from a stream of random numbers that is nobody else's.
 
     The global random state is as before afterwards. The stream is seeded from that state, so a resumed run draws what
-    the killed one would have drawn; from the worker's rank, because fairseq seeds all workers alike; and from the
-    source tokens, because nothing else tells the batches of one update apart where there is no dropout.
+    the killed one would have drawn; from the worker's rank, because fairseq seeds all workers alike; from the tokens,
+    because nothing else tells the batches of one update apart where there is no dropout; and from the salt, which
+    tells apart who draws for the same tokens.
     """
-    device = src_tokens.device
+    device = tokens.device
     on_gpu = [device] if device.type == "cuda" else []
-    with gathered(model), torch.random.fork_rng(devices=on_gpu), torch.no_grad(), on_its_own(model):
-        places = torch.arange(1, src_tokens.numel() + 1, device=device)
-        seed = int(torch.randint(2**61, (1,), device=device) + (places * src_tokens.flatten()).sum()) + _rank()
+    with torch.random.fork_rng(devices=on_gpu):
+        places = torch.arange(1, tokens.numel() + 1, device=device)
+        seed = int(torch.randint(2**61, (1,), device=device) + (places * tokens.flatten()).sum()) + _rank() + salt
         torch.default_generator.manual_seed(seed)
         if on_gpu:
             torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def isolated(model: nn.Module, src_tokens: torch.Tensor):
+    """Run sampling code in a training step: `on_its_own`, without gradients, on `own_randomness`."""
+    with gathered(model), torch.no_grad(), on_its_own(model), own_randomness(src_tokens):
         yield
 
 
