@@ -9,9 +9,9 @@ from typing import Any, Callable, List, NamedTuple, Optional
 
 import torch
 from fairseq import checkpoint_utils, tasks, utils
-from fairseq.data import Dictionary
 from fairseq.models import FairseqEncoderDecoderModel
 
+from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.joint_models import LanguageJoint, TranslationJoint, network_energies, own_energies
 from fairseq_earm.evaluation.residual import JointModel
@@ -64,10 +64,8 @@ def open_measured(args: argparse.Namespace) -> Measured:
 def _language(args: argparse.Namespace) -> Measured:
     if args.energy:
         raise UsageError(f"--energy {args.energy} is for translation models; {args.data} holds text of one language: give --energy-path")
-    dictionary = Dictionary.load(os.path.join(args.data, "dict.txt"))
-    data = argparse.Namespace(
-        source_dictionary=dictionary, target_dictionary=dictionary, args=argparse.Namespace(data=args.data)
-    )
+    dictionary = text_dictionary(args.data)
+    data = text_task(dictionary, args.data)
     energy = _energy(args, data, ResidualLanguageModelingTask)
     prefix, length, break_mode = _lengths(args, energy)
     if energy and length > energy.model.max_positions():
@@ -221,13 +219,3 @@ def spread(count: int, maximum: Optional[int]) -> List[int]:
 def numbers(text: str) -> List[int]:
     """One value of a flag that takes several whole numbers, with or without commas between them; for argparse."""
     return [int(number) for number in text.split(",")]
-
-
-def device(args: argparse.Namespace) -> torch.device:
-    """The GPU where there is one and --cpu is not given."""
-    return torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
-
-
-def dtype(args: argparse.Namespace) -> torch.dtype:
-    """What --dtype names."""
-    return getattr(torch, args.dtype)

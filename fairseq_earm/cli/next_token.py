@@ -6,7 +6,6 @@ sequence may go on (Deng et al. 2020, Appendix A.1), estimated here from the bas
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import List, NamedTuple, Optional, Sequence
 
@@ -15,7 +14,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_earm.cli.joint_setup import device, dtype
+from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task, write_json
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.ebm.marginal import next_token
 from fairseq_earm.errors import UsageError
@@ -80,7 +79,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; prints a table."""
     args = _parser().parse_args(argv)
     dictionary = _dictionary(args)
-    data = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary, args=argparse.Namespace(data=args.data))
+    data = text_task(dictionary, args.data)
     energy = load_energy(args.energy_path, data, dtype=dtype(args))
     report_other_base(energy, args.energy_path, args.path)
     prefix = dictionary.encode_line(args.prefix, add_if_not_exist=False, append_eos=False).long()
@@ -95,7 +94,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     report = _report(args, dictionary, prefix, rest, found)
     print(_table(report))
     if args.json:
-        _write_json(args.json, report)
+        write_json(args.json, report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,10 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dictionary(args: argparse.Namespace) -> Dictionary:
-    path = os.path.join(args.data, "dict.txt")
-    if not os.path.isfile(path):
-        raise UsageError(f"{args.data} has no dict.txt: give a folder that fairseq-preprocess --only-source wrote")
-    dictionary = Dictionary.load(path)
+    dictionary = text_dictionary(args.data)
     if not 2 <= args.top_k < len(dictionary):
         raise UsageError(f"--top-k {args.top_k}: give 2 to {len(dictionary) - 1}, all symbols of the dictionary but padding")
     if args.samples < 2:
@@ -187,11 +183,3 @@ def _table(report: dict) -> str:
             f"{row['token']:<{width}} {row['base_of_k']:8.4f} {row['joint_of_k']:8.4f} {row['standard_error']:8.4f} {ratio:11.3f}"
         )
     return "\n".join(lines)
-
-
-def _write_json(path: str, report: dict) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-    except OSError as error:
-        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None

@@ -5,7 +5,6 @@ With --json the command may be killed and started again: it goes on where it sto
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 from itertools import chain
@@ -14,7 +13,8 @@ from typing import Iterable, List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.joint_setup import Measured, device, numbers, open_measured
+from fairseq_earm.cli.common import device, write_json
+from fairseq_earm.cli.joint_setup import Measured, numbers, open_measured
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
 from fairseq_earm.evaluation.work_file import WorkFile
@@ -42,7 +42,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     }
     print(_table(report))
     if work:
-        _write_json(args.json, report)
+        write_json(args.json, report)
         work.remove()
 
 
@@ -159,12 +159,3 @@ def _table(report: dict) -> str:
 
 def _row(name: str, *values: float, rest: str = "") -> str:
     return " ".join([f"{name:<24}", *(f"{value:10.4f}" for value in values), rest]).rstrip()
-
-
-def _write_json(path: str, report: dict) -> None:
-    try:
-        with open(f"{path}.writing", "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-        os.replace(f"{path}.writing", path)
-    except OSError as error:
-        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None

@@ -15,6 +15,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 from tqdm import tqdm
 
+from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.blocks import Blocks, load_blocks
@@ -29,14 +30,13 @@ Draw = Callable[[Tensor, int], Tensor]
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; says what there was to do and what was done."""
     args = _parser().parse_args(argv)
-    device = torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
     _check_flags(args)
     dictionary = _dictionary(args)
     blocks = load_blocks(
         os.path.join(args.data, args.gen_subset), dictionary, sequence_length=args.sequence_length,
         break_mode=args.sample_break_mode, dataset_impl=args.dataset_impl, combine=args.gen_subset == "train",
     )
-    settings = _settings(args, blocks, dictionary, device)
+    settings = _settings(args, blocks, dictionary)
     writer = StoreWriter(
         os.path.join(args.output, args.gen_subset), settings, checkpoint=args.path, dictionary_size=len(dictionary)
     )
@@ -45,9 +45,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(f"{writer.prefix} is finished already: nothing to do")
         return
     # Loaded before anything is written: a model that will not do leaves nothing behind.
-    model = _model(args, dictionary, device) if writer.missing() else None
+    model = _model(args, dictionary) if writer.missing() else None
     with writer:
-        _draw_missing(writer, blocks, _continue(args, model, dictionary, device))
+        _draw_missing(writer, blocks, _continue(args, model, dictionary))
         writer.finish()
     prefixes = len(shard_sequences(settings))
     skipped = f"{blocks.skipped:,} shorter sequences skipped"
@@ -107,16 +107,13 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _dictionary(args: argparse.Namespace) -> Dictionary:
-    path = os.path.join(args.data, "dict.txt")
-    if not os.path.isfile(path):
-        raise UsageError(f"{args.data} has no dict.txt: give a folder that fairseq-preprocess --only-source wrote")
-    dictionary = Dictionary.load(path)
+    dictionary = text_dictionary(args.data)
     if args.sampling_topk > len(dictionary):
         raise UsageError(f"--sampling-topk {args.sampling_topk}: the dictionary has {len(dictionary)} symbols; give fewer, or -1")
     return dictionary
 
 
-def _settings(args: argparse.Namespace, blocks: Blocks, dictionary: Dictionary, device: torch.device) -> dict:
+def _settings(args: argparse.Namespace, blocks: Blocks, dictionary: Dictionary) -> dict:
     settings = {
         **{name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
         "split": args.gen_subset,
@@ -124,7 +121,7 @@ def _settings(args: argparse.Namespace, blocks: Blocks, dictionary: Dictionary, 
         "sequences": len(blocks),
         "text_sha256": blocks.fingerprint(),
         "checkpoint_sha256": file_hash(args.path, flag="--path"),
-        "device": device.type,
+        "device": device(args).type,
     }
     chunks = -(-len(blocks) // args.batch_size)
     if args.num_shards > chunks:
@@ -135,14 +132,13 @@ def _settings(args: argparse.Namespace, blocks: Blocks, dictionary: Dictionary, 
     return settings
 
 
-def _model(args: argparse.Namespace, dictionary: Dictionary, device: torch.device):
-    settings = argparse.Namespace(data=args.data)
-    data = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary, args=settings)
-    dtype = getattr(torch, args.dtype)
-    return load_base_lm(args.path, data, flag="--path", sequence_length=args.sequence_length, dtype=dtype).to(device).model
+def _model(args: argparse.Namespace, dictionary: Dictionary):
+    data = text_task(dictionary, args.data)
+    base = load_base_lm(args.path, data, flag="--path", sequence_length=args.sequence_length, dtype=dtype(args))
+    return base.to(device(args)).model
 
 
-def _continue(args: argparse.Namespace, model, dictionary: Dictionary, device: torch.device) -> Draw:
+def _continue(args: argparse.Namespace, model, dictionary: Dictionary) -> Draw:
     """A function (prefixes (B, P), number of the first) → (B · N, T) tokens, with random numbers of each batch's own."""
     sampler = ContinuationSampler(
         dictionary, args.sequence_length - args.prefix_length,
@@ -150,9 +146,9 @@ def _continue(args: argparse.Namespace, model, dictionary: Dictionary, device: t
     )
 
     def draw(prefixes: Tensor, first: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed(_seed(args.seed, first))
+        generator = torch.Generator(device(args)).manual_seed(_seed(args.seed, first))
         try:
-            return sampler(model, prefixes.to(device), args.samples, generator=generator).tokens
+            return sampler(model, prefixes.to(device(args)), args.samples, generator=generator).tokens
         except torch.cuda.OutOfMemoryError:
             raise UsageError(
                 f"--batch-size {args.batch_size}: {args.batch_size} times --samples {args.samples} rows do not fit on the GPU; "

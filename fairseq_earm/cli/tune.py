@@ -6,13 +6,13 @@ n-best list holds the candidates for every weight and length penalty.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
+from fairseq_earm.cli.common import write_json
 from fairseq_earm.cli.nbest import NBest, read_nbest
 from fairseq_earm.errors import UsageError
 
@@ -175,11 +175,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print(_table(settings))
     print(f"Best of {len(nbest.texts)} sentences (sacreBLEU, tok:{args.sacrebleu_tokenize}): {flags}")
     if args.json:
-        _write_json(args, settings, best, len(nbest.texts))
+        write_json(args.json, _report(args, settings, best, len(nbest.texts)))
 
 
-def _write_json(args: argparse.Namespace, settings: Sequence[Setting], best: Setting, sentences: int) -> None:
-    report = {
+def _report(args: argparse.Namespace, settings: Sequence[Setting], best: Setting, sentences: int) -> dict:
+    return {
         "best": best._asdict(),
         "settings": [row._asdict() for row in settings],
         "sentences": sentences,
@@ -187,8 +187,3 @@ def _write_json(args: argparse.Namespace, settings: Sequence[Setting], best: Set
         "resamples": args.resamples,
         "seed": args.seed,
     }
-    try:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-    except OSError as error:
-        raise UsageError(f"--json {args.json} cannot be written: {error.strerror}") from None

@@ -1,0 +1,54 @@
+"""What the commands have in common: where they run, the text's dictionary, and how results are written."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+import torch
+from fairseq.data import Dictionary
+
+from fairseq_earm.errors import UsageError
+
+
+def device(args: argparse.Namespace) -> torch.device:
+    """The GPU where there is one and --cpu is not given."""
+    return torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
+
+
+def dtype(args: argparse.Namespace) -> torch.dtype:
+    """What --dtype names."""
+    return getattr(torch, args.dtype)
+
+
+def text_dictionary(data: str) -> Dictionary:
+    """The dictionary of a folder with text of one language.
+
+    Raises:
+        UsageError: the folder has none.
+    """
+    path = os.path.join(data, "dict.txt")
+    if not os.path.isfile(path):
+        raise UsageError(f"{data} has no dict.txt: give a folder that fairseq-preprocess --only-source wrote")
+    return Dictionary.load(path)
+
+
+def text_task(dictionary: Dictionary, data: str) -> argparse.Namespace:
+    """As much of a task as checkpoints of models of this text are checked against."""
+    return argparse.Namespace(
+        source_dictionary=dictionary, target_dictionary=dictionary, args=argparse.Namespace(data=data)
+    )
+
+
+def write_json(path: str, report: dict, flag: str = "--json") -> None:
+    """Write a report as a whole: a command that is killed leaves no half of it.
+
+    Raises:
+        UsageError: it cannot be written; `flag` named the path.
+    """
+    try:
+        with open(f"{path}.writing", "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=2)
+        os.replace(f"{path}.writing", path)
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written: {error.strerror}") from None
