@@ -31,8 +31,8 @@ def tiny_pixel_model(name: str = "gated_pixel_cnn", shape=(2, 2, 1), levels: int
     torch.manual_seed(seed)
     model = MODELS[name].build_model(Namespace(**flags), Namespace(image_shape=shape, target_dictionary=Levels(levels)))
     with torch.no_grad():
-        for convolution in model.decoder.network.head:
-            convolution.weight.mul_(3.0)
+        for weight in model.parameters():
+            weight.mul_(2.0)
     return model.double().eval()
 
 

@@ -1,0 +1,80 @@
+"""Images: negatives are whole images that the model draws value by value."""
+from __future__ import annotations
+
+from typing import Callable, Iterable, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from fairseq_earm.ebm.energy import widen
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.ancestral import draw
+from fairseq_earm.sampling.family import ModelFamily, Passes
+from fairseq_earm.sampling.isolation import isolated
+from fairseq_earm.sampling.joint_forward import forward_with_negatives
+from fairseq_earm.sampling.samples import Samples
+
+
+@torch.no_grad()
+def draw_images(
+    decoder, count: int, *, generator: Optional[torch.Generator] = None, progress: Callable[[Iterable], Iterable] = iter
+) -> Tuple[Tensor, Tensor]:
+    """Draw images x ~ q(x), computing for each value only what the value before it changed.
+
+    Args:
+        decoder: has `stepwise(count)`, see `models.pixel_cnn.PixelDecoder`.
+        count: number of images.
+        generator: source of random numbers on the decoder's device; by default the global one.
+        progress: put around the loop over the values of an image.
+    Returns:
+        (count, T) values, by rows, pixels and colours, and their exact log-probabilities, in nats.
+    """
+    steps, values, log_q = decoder.stepwise(count), [], []
+    for _ in progress(range(decoder.max_positions())):
+        drawn, log_probs = draw(widen(steps.logits()), generator)
+        steps.append(drawn)
+        values.append(drawn)
+        log_q.append(log_probs)
+    return torch.stack(values, 1), torch.stack(log_q, 1)
+
+
+class ImageFamily(ModelFamily):
+    """Negatives are images of the model's own, no given part of the data's in them; every value is a step.
+
+    Args:
+        cfg: the criterion's flags; those of lengths have no effect, all images being of one size.
+    Raises:
+        UsageError: flags that images have no use for.
+    """
+
+    def __init__(self, cfg):
+        for given, flag, remedy in (
+            (cfg.earm_energy_steps == "post", "--earm-energy-steps post", "no step comes after an image's last value; use all or last"),
+            (cfg.ignore_prefix_size > 0, f"--ignore-prefix-size {cfg.ignore_prefix_size}", "no value of an image is given; leave it out"),
+            (cfg.earm_sampler != "ancestral", f"--earm-sampler {cfg.earm_sampler}", "images are drawn from the softmax itself; leave it out"),
+        ):
+            if given:
+                raise UsageError(f"{flag}: {remedy}")
+
+    def check(self, model) -> None:
+        if not hasattr(getattr(model, "decoder", None), "stepwise"):
+            raise UsageError(
+                f"--task earm_image_modeling: {type(model).__name__} cannot draw images; give --arch pixel_cnn or gated_pixel_cnn"
+            )
+
+    def draw(self, model, sample, negatives) -> Samples:
+        data = sample["net_input"]["src_tokens"]
+        sources = torch.arange(data.size(0), device=data.device).repeat_interleave(negatives)
+        with isolated(model, data):
+            values, log_q = draw_images(model.decoder, sources.numel())
+        everywhere = torch.ones_like(values, dtype=torch.bool)
+        return Samples(values, everywhere, log_q, torch.zeros_like(sources, dtype=torch.bool), sources)
+
+    def forward(self, model, sample) -> Passes:
+        logits = model(**sample["net_input"])[0]
+        return Passes(logits, logits)
+
+    def forward_pair(self, model, sample, samples) -> Passes:
+        decoder = model.decoder
+        output, negative = forward_with_negatives(model, sample["net_input"], lambda _: decoder(samples.tokens))
+        return Passes(output[0], output[0], negative[0])
