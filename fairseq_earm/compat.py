@@ -28,6 +28,7 @@ def apply() -> None:
     refuse_to_spawn_nothing()
     notice_torchrun()
     copy_checkpoints_whole()
+    train_adaptive_softmax_as_a_whole()
 
 
 def restore_numpy_names() -> None:
@@ -247,6 +248,28 @@ def copy_checkpoints_whole() -> None:
         return copy
 
     _wrap(PathManager, "copy", replace)
+
+
+def train_adaptive_softmax_as_a_whole() -> None:
+    """fairseq's log-probabilities of an adaptive softmax are made in place, which autograd refuses to differentiate.
+
+    Only `adaptive_loss`, which does without them, can train such a model; so could no criterion of probabilities.
+    """
+    import torch
+    from fairseq.modules import AdaptiveSoftmax
+
+    def replace(original):
+        def get_log_prob(self, input, target):
+            if not torch.is_grad_enabled():
+                return original(self, input, target)
+            steps = input.contiguous().view(-1, input.size(-1))
+            head, shortlist = self.lsm(self.head(steps)), self.cutoff[0]
+            clusters = [self.lsm(tail(steps)) + head[:, shortlist + number, None] for number, tail in enumerate(self.tail)]
+            return torch.cat([head[:, :shortlist], *clusters], 1).view(input.size(0), input.size(1), -1)
+
+        return get_log_prob
+
+    _wrap(AdaptiveSoftmax, "get_log_prob", replace)
 
 
 def _wrap(owner, name: str, replace: Callable) -> None:

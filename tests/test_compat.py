@@ -15,7 +15,7 @@ from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.models.transformer import TransformerModel, base_architecture
-from fairseq.modules import DynamicCRF
+from fairseq.modules import AdaptiveSoftmax, DynamicCRF
 from omegaconf import OmegaConf
 
 from fairseq_earm import compat
@@ -37,6 +37,7 @@ def test_applying_again_changes_nothing():
         (distributed_utils, "_broadcast_object_slow"),
         (layer, "_load_from_state_dict"),
         (layer, "upgrade_state_dict_named"),
+        (AdaptiveSoftmax, "get_log_prob"),
     ]
     before = [getattr(owner, name) for owner, name in places]
     compat.apply()
@@ -69,6 +70,26 @@ def test_a_checkpoint_with_arguments_and_bleu_counts_loads():
     loaded = torch.load(file)
     assert loaded["args"].arch == "transformer"
     assert loaded["counts"].tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("target", [None, torch.tensor([[3, 7], [8, 4]])], ids=["no target", "target"])
+def test_an_adaptive_softmax_has_log_probabilities_with_a_gradient(target):
+    torch.manual_seed(1)
+    softmax, features = AdaptiveSoftmax(9, 8, [3, 5], dropout=0.0, factor=2.0).double(), torch.randn(2, 2, 8).double()
+    log_probs = softmax.get_log_prob(features, target)
+    with torch.no_grad():
+        stock = softmax.get_log_prob.__wrapped__(softmax, features, None)
+    assert torch.equal(log_probs, stock) and torch.allclose(log_probs.exp().sum(-1), torch.ones(2, 2).double())
+    tokens = torch.tensor([[3, 7], [8, 4]])
+    outputs, targets = softmax(features, tokens)
+    expected = sum(
+        torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+        for logits, wanted in zip(outputs, targets) if logits is not None
+    )
+    mine = -log_probs.gather(-1, tokens.unsqueeze(-1)).sum()
+    weights = list(softmax.parameters())
+    for one, other in zip(torch.autograd.grad(mine, weights), torch.autograd.grad(expected, weights)):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])

@@ -5,6 +5,7 @@ import itertools
 import random
 from argparse import Namespace
 from types import SimpleNamespace
+from typing import Optional
 
 import torch
 from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture
@@ -33,25 +34,33 @@ def tiny_language_model(words: int = 2, seed: int = 0, max_positions: int = 64, 
     task = Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
     model = TransformerLanguageModel.build_model(args, task).double()
     with torch.no_grad():
-        for weight in {id(w): w for w in (model.decoder.embed_tokens.weight, model.decoder.output_projection.weight)}.values():
+        for weight in {id(weight): weight for weight in _vocabulary_weights(model.decoder)}.values():
             weight.mul_(4.0)
     return model.eval()
 
 
-def enumerate_continuations(model, prefix: Tensor, length: int) -> dict:
+def _vocabulary_weights(decoder) -> list:
+    if decoder.adaptive_softmax is not None:
+        return list(decoder.adaptive_softmax.parameters())
+    return [decoder.embed_tokens.weight, decoder.output_projection.weight]
+
+
+def enumerate_continuations(model, prefix: Tensor, length: int, first: Optional[int] = None) -> dict:
     """Every continuation of `length` tokens of one prefix (P,) → its exact log-probability.
 
-    Padding is never said, and the rest renormalised. One full pass per prefix: no cache, no batch.
+    Padding is never said, and the rest renormalised. One full pass per prefix: no cache, no batch. `first` is what the
+    decoder reads before the prefix, by default end-of-sentence.
     """
     dictionary = model.decoder.dictionary
-    pad, eos = dictionary.pad(), dictionary.eos()
+    pad = dictionary.pad()
+    first = dictionary.eos() if first is None else first
     found = {(): 0.0}
     for _ in range(length):
         extended = {}
         for continuation, log_prob in found.items():
-            read = torch.tensor([[eos, *prefix.tolist(), *continuation]])
+            read = torch.tensor([[first, *prefix.tolist(), *continuation]])
             with torch.no_grad():
-                log_probs = model.decoder(read)[0][0, -1].log_softmax(-1)
+                log_probs = model.get_normalized_probs(model.decoder(read), log_probs=True)[0, -1]
             log_probs[pad] = -float("inf")
             log_probs = log_probs.log_softmax(-1).tolist()
             for token in itertools.chain(range(pad), range(pad + 1, len(dictionary))):

@@ -53,11 +53,11 @@ class LanguageModelFamily(ModelFamily):
             )
 
     def draw(self, model, sample, negatives) -> Samples:
-        read, data = self._prefixes(sample), self.contrasted(sample["target"])
-        length = self.sampler.length if self.sentences else max(data.size(1), 1)
-        with isolated(model, read):
-            samples = self.sampler.go_on(model, read, negatives, length=length)
-        return samples._replace(mask=self._alive(samples, data))
+        data = self.contrasted(sample["target"].ne(self.pad))
+        length = self.sampler.length if self.sentences else data.size(1)
+        with isolated(model, sample["net_input"]["src_tokens"]):
+            samples = self.sampler.go_on(model, self._prefixes(sample), negatives, length=length)
+        return self._cut(samples, data)
 
     def forward(self, model, sample) -> Passes:
         return _passes(model, model(**sample["net_input"]))
@@ -74,7 +74,9 @@ class LanguageModelFamily(ModelFamily):
         return _passes(model, output)._replace(negatives=full_logits(decoder, negative)[:, self.prefix_length :])
 
     def contrasted(self, values: Tensor) -> Tensor:
-        return values[:, self.window]
+        window = values[:, self.window]
+        # A batch whose rows all end before the negatives begin keeps one step, which its mask leaves out.
+        return F.pad(window, (0, 1)) if window.size(1) == 0 else window
 
     def _prefixes(self, sample) -> Tensor:
         """(B, prefix_length + 1) what the decoder reads before the first drawn token; a row that ends before reads anything."""
@@ -83,14 +85,16 @@ class LanguageModelFamily(ModelFamily):
         tokens = F.pad(tokens, (0, missing), value=self.pad)
         return tokens.masked_fill(tokens.eq(self.pad), self.eos)
 
-    def _alive(self, samples: Samples, target: Tensor) -> Tensor:
-        """(R, T') drawn tokens that stand against data: no row whose data ends before the negatives begin has any."""
-        steps = samples.tokens.size(1)
-        data = F.pad(target.ne(self.pad), (0, steps - target.size(1)))[samples.sources]
-        if not self.sentences:
-            return data
-        ended = samples.tokens.eq(self.eos)
-        return (ended.cumsum(1) - ended.long()).eq(0) & data[:, :1]
+    def _cut(self, samples: Samples, data: Tensor) -> Samples:
+        """Leave of the drawn tokens those that stand against data (B, T'): no row whose data ends before them has any."""
+        if self.sentences:
+            ends = samples.tokens.eq(self.eos)
+            alive = (ends.cumsum(1) - ends.long()).eq(0) & data[samples.sources, :1]
+            truncated = alive.any(1) & ~(alive & ends).any(1)
+        else:
+            alive, truncated = data[samples.sources], samples.truncated
+        tokens, log_q = samples.tokens.masked_fill(~alive, self.pad), samples.log_q.masked_fill(~alive, 0.0)
+        return samples._replace(tokens=tokens, mask=alive, log_q=log_q, truncated=truncated)
 
 
 def _passes(model, output) -> Passes:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fairseq_earm.ebm.energy import TokenEnergies, last_step, log_mu, token_energies
+from fairseq_earm.ebm.energy import TokenEnergies, last_step, log_mu, token_energies, widen
 
 
 class SequenceScores(NamedTuple):
@@ -25,7 +25,7 @@ def full_logits(decoder, net_output: tuple) -> Tensor:
     """(R, T, V) logits of a decoder's output.
 
     An adaptive softmax has no such tensor: it says log p(x) = log p(cluster) + log p(x | cluster). Written as logits whose
-    logsumexp is that of its head, softmax and free offset (Eq. 4) are exactly the head's.
+    logsumexp is that of its head, softmax and free offset (Eq. 4) are exactly the head's; at least float32.
 
     Args:
         decoder: a fairseq decoder.
@@ -34,10 +34,10 @@ def full_logits(decoder, net_output: tuple) -> Tensor:
     softmax = getattr(decoder, "adaptive_softmax", None)
     if softmax is None:
         return net_output[0]
-    features, shortlist = net_output[0], softmax.cutoff[0]
-    head = softmax.head(features).view(*features.shape[:-1], -1)
+    features, shortlist = net_output[0].contiguous(), softmax.cutoff[0]  # a tied head looks at it as one list of steps
+    head = widen(softmax.head(features).view(*features.shape[:-1], -1))
     clusters = [
-        head[..., shortlist + number, None] + tail(features).log_softmax(-1) for number, tail in enumerate(softmax.tail)
+        head[..., shortlist + number, None] + widen(tail(features)).log_softmax(-1) for number, tail in enumerate(softmax.tail)
     ]
     return torch.cat([head[..., :shortlist], *clusters], -1)
 

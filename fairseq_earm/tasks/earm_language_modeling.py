@@ -53,6 +53,10 @@ class EarmLanguageModelingTask(ExactBatches, LanguageModelingTask):
                 f"--ignore-prefix-size {cfg.ignore_prefix_size}: negatives would be held against tokens that are ignored; give "
                 f"--earm-prefix-length {cfg.ignore_prefix_size} as well"
             )
+        if self.cfg.add_bos_token and self.cfg.earm_prefix_length == 0:
+            raise UsageError(
+                "--add-bos-token: a block then begins with two tokens that are given; give --earm-prefix-length 1 or more"
+            )
         return LanguageModelFamily(
             self.target_dictionary,
             self.cfg.earm_negative_length,
