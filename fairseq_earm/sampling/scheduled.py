@@ -135,6 +135,12 @@ def keep_teacher_forced():
         _kept.reset(token)
 
 
+def teacher_forced(net_output: tuple, logits: Tensor) -> Tensor:
+    """The logits that `keep_teacher_forced` left in a net output, else `logits`, those of its only pass."""
+    extra = net_output[1]
+    return extra.get("teacher_forced", logits) if isinstance(extra, dict) else logits
+
+
 @contextmanager
 def scheduled_sampling(model, probability: float, predictions: Predictions, *, given: int = 0):
     """Have the data's pass of each forward of the model in training mode become two, as above.

@@ -1,4 +1,4 @@
-"""Translation whose candidates may be ordered by the model's own energy, and which loses no sentence in evaluation."""
+"""Translation with scheduled sampling and reranking by the model's own energy, which loses no sentence in evaluation."""
 from dataclasses import dataclass, field
 
 from fairseq.dataclass import ChoiceEnum
@@ -8,10 +8,11 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from fairseq_earm.reranking import EnergyReranker
 from fairseq_earm.tasks.batching import ExactBatches
 from fairseq_earm.tasks.checks import check_energy_flags
+from fairseq_earm.tasks.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
 
 
 @dataclass
-class EarmTranslationConfig(TranslationConfig):
+class EarmTranslationConfig(ScheduledSamplingConfig, TranslationConfig):
     """What `--task earm_translation` takes beside the flags of `translation`."""
 
     energy_rerank: bool = field(
@@ -40,11 +41,11 @@ class EarmTranslationConfig(TranslationConfig):
 
 
 @register_task("earm_translation", dataclass=EarmTranslationConfig)
-class EarmTranslationTask(ExactBatches, TranslationTask):
-    """fairseq's `translation` with energy reranking; its flags, data and checkpoints are those of `translation`.
+class EarmTranslationTask(ScheduledSampling, ExactBatches, TranslationTask):
+    """fairseq's `translation` with energy reranking and scheduled sampling; its data and checkpoints are those of `translation`.
 
     Raises:
-        UsageError: an energy weight that is negative or not finite.
+        UsageError: an energy weight that is negative or not finite; flags of scheduled sampling that cannot work.
     """
 
     def __init__(self, cfg: EarmTranslationConfig, src_dict, tgt_dict):
