@@ -13,6 +13,8 @@ from fairseq.modules import FairseqDropout
 from torch import nn
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.models.carried_memory import CarriedMemory
+from fairseq_earm.models.transformer_xl import TransformerXLConfig, TransformerXLLanguageModel
 from fairseq_earm.sampling import isolation
 from fairseq_earm.sampling.joint_forward import forward_with_negatives
 from fairseq_earm.sampling.scheduled import (
@@ -62,7 +64,20 @@ def language(dropout=0.0):
     return model, {"src_tokens": tokens, "src_lengths": torch.tensor([5, 5, 2])}
 
 
-FAMILIES = pytest.mark.parametrize("family", [translation, language])
+def remembering(dropout=0.0):
+    """A Transformer-XL that looks back at two earlier states of each row."""
+    settings = {"decoder_layers": 1, "decoder_embed_dim": 8, "decoder_ffn_embed_dim": 16, "decoder_attention_heads": 2}
+    dictionary = tiny_dictionary(words=3)
+    task = Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    torch.manual_seed(0)
+    model = TransformerXLLanguageModel.build_model(TransformerXLConfig(**settings, dropout=dropout), task).double().train()
+    model.decoder.output_projection.weight.data.mul_(4.0)
+    model.decoder.carried = CarriedMemory()
+    model.decoder.carried.read = torch.randn(1, 3, 2, 8).double()
+    return model, language()[1]
+
+
+FAMILIES = pytest.mark.parametrize("family", [translation, language, remembering])
 
 
 def fed(net_input):
@@ -381,36 +396,30 @@ def test_adaptive_softmax(kind):
         assert torch.equal(reads[1][replaceable(net_input["src_tokens"], PAD)], best[:, 0])
 
 
-class Remembering(FairseqDecoder):
-    """Its logits count the passes that it remembers for each row; without `memory` it remembers this one too."""
+class Counting(FairseqDecoder):
+    """Its logits count the passes before, which it remembers for each row; its second output is a tensor."""
 
     def __init__(self):
         super().__init__(tiny_dictionary(words=3))
-        self.embed_tokens = nn.Embedding(len(self.dictionary), 4)
-        self.passes = None
-        self.selected = []
+        self.passes = torch.tensor([10.0, 20.0, 30.0])
 
     def select_memory(self, rows):
-        self.selected.append(rows)
         return self.passes[rows]
 
     def forward(self, prev_output_tokens, src_lengths=None, memory=None):
         before = self.passes if memory is None else memory
         if memory is None:
             self.passes = before + 1
-        shape = (*prev_output_tokens.shape, len(self.dictionary))
-        return before.view(-1, 1, 1).expand(shape), before
+        return before.view(-1, 1, 1).expand(*prev_output_tokens.shape, len(self.dictionary)), before
 
 
 def test_the_first_pass_reads_a_memory_and_leaves_it_as_it_is():
-    """And a second output that is no dict is handed on."""
-    model, net_input = FairseqLanguageModel(Remembering()).train(), language()[1]
-    model.decoder.passes = torch.tensor([10.0, 20.0, 30.0])
+    model, net_input = FairseqLanguageModel(Counting()).train(), language()[1]
     with scheduled_sampling(model, 0.5, Predictions()), keep_teacher_forced():
         logits, extra = model(**net_input)
     assert logits[:, 0, 0].tolist() == extra["teacher_forced"][:, 0, 0].tolist() == [10, 20, 30]
-    assert model.decoder.passes.tolist() == [11, 21, 31] and extra["attn"][0].tolist() == [10, 20, 30]
-    assert [rows.tolist() for rows in model.decoder.selected] == [[0, 1, 2]]
+    assert model.decoder.passes.tolist() == [11, 21, 31]
+    assert extra["attn"][0].tolist() == [10, 20, 30]
 
 
 def recurrent():
