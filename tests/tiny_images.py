@@ -3,26 +3,19 @@ from __future__ import annotations
 
 import itertools
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from fairseq_earm.models.pixel_cnn import GatedPixelCnnModel, PixelCnnModel
+from fairseq_earm.tasks.image_data import Levels
+from tests.tiny_translation import OPTIMISATION, command
 
+TASK = ["--task", "earm_image_modeling"]
+SETTINGS = ["--image-levels", 8]
+ARCH = "--arch gated_pixel_cnn_tiny --features 6 --layers 2 --hidden-features 8 --first-kernel 3".split()
 MODELS = {"pixel_cnn": PixelCnnModel, "gated_pixel_cnn": GatedPixelCnnModel}
-
-
-class Levels:
-    """As much of a dictionary as a pixel model needs."""
-
-    def __init__(self, levels: int):
-        self.levels = levels
-
-    def __len__(self) -> int:
-        return self.levels
-
-    def pad(self) -> int:
-        return self.levels
 
 
 def tiny_pixel_model(name: str = "gated_pixel_cnn", shape=(2, 2, 1), levels: int = 2, seed: int = 0, **sizes):
@@ -51,3 +44,14 @@ def stripes(images: int, shape=(4, 4), seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     columns = rng.integers(0, 200, (images, 1, shape[1]))
     return (columns + rng.integers(0, 40, (images, *shape))).astype(np.uint8)
+
+
+def build_images(folder):
+    """64, 20 and 9 images of stripes, of 8 levels when read with `SETTINGS`, and a model `base` trained on them by stock commands."""
+    splits = {"train": stripes(64), "valid": stripes(20, seed=1), "test": stripes(9, seed=2)}
+    data = folder / "data"
+    data.mkdir()
+    np.savez(data / "stripes.npz", **splits)
+    save = ["--save-dir", folder / "base", "--seed", 1, "--criterion", "cross_entropy"]
+    command("train", data, *TASK, *SETTINGS, *ARCH, *OPTIMISATION, *save)
+    return SimpleNamespace(folder=folder, data=data, base=folder / "base" / "checkpoint_last.pt")

@@ -1,0 +1,137 @@
+"""Images from the files that data sets come in: MNIST's idx files, CIFAR-10's batches, arrays of numpy."""
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import struct
+import zipfile
+from typing import Dict, List
+
+import numpy as np
+
+from fairseq_earm.errors import UsageError
+
+SPLITS = ("train", "valid", "test")
+MNIST = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+CIFAR10 = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
+CIFAR10_SHAPE = (3, 32, 32)
+IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
+KNOWN = "MNIST's train-images-idx3-ubyte (as it is or .gz), CIFAR-10's data_batch_1 (python or .bin), or one .npz"
+
+
+def read_image_files(path: str) -> Dict[str, np.ndarray]:
+    """The images of a folder or of an .npz file, whatever of `KNOWN` is there.
+
+    Returns:
+        uint8 (N, H, W, C) by the name of the split; "train" is always among them.
+    Raises:
+        UsageError: one line about what is missing or wrong.
+    """
+    if path.endswith(".npz") and os.path.isfile(path):
+        return _read_npz(path)
+    if not os.path.isdir(path):
+        raise UsageError(f"{path}: there is no such folder; give one with {KNOWN}")
+    if _find(path, MNIST["train"], ("", ".gz")):
+        return {split: _read_idx(_need(path, name, ("", ".gz"))) for split, name in MNIST.items()}
+    if _find(path, CIFAR10["train"][0], ("", ".bin")):
+        return {split: _read_cifar10(path, names) for split, names in CIFAR10.items()}
+    arrays = sorted(name for name in os.listdir(path) if name.endswith(".npz"))
+    if len(arrays) == 1:
+        return _read_npz(os.path.join(path, arrays[0]))
+    found = f"{len(arrays)} .npz files" if arrays else "none of it"
+    raise UsageError(f"{path}: {found} in this folder; give one with {KNOWN}")
+
+
+def _find(folder: str, name: str, endings) -> List[str]:
+    paths = [os.path.join(folder, name + ending) for ending in endings]
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _need(folder: str, name: str, endings) -> str:
+    found = _find(folder, name, endings)
+    if not found:
+        raise UsageError(f"{folder} has no {' or '.join(name + ending for ending in endings)}: put it beside the other files")
+    return found[0]
+
+
+def _read(path: str) -> bytes:
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            return file.read()
+    except (OSError, EOFError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); get it again") from error
+
+
+def _read_idx(path: str) -> np.ndarray:
+    content = _read(path)
+    if len(content) < 16 or struct.unpack(">I", content[:4]) != (IDX_IMAGES,):
+        raise UsageError(f"{path}: no idx file of images; get it again")
+    images, height, width = struct.unpack(">3I", content[4:16])
+    if len(content) != 16 + images * height * width:
+        raise UsageError(f"{path}: {len(content)} bytes, and {images} images of {height} x {width} need another number; get it again")
+    return np.frombuffer(content, np.uint8, offset=16).reshape(images, height, width, 1)
+
+
+def _read_cifar10(folder: str, names: List[str]) -> np.ndarray:
+    parts = [_read_cifar10_batch(_need(folder, name, ("", ".bin"))) for name in names]
+    return np.concatenate(parts).reshape(-1, *CIFAR10_SHAPE).transpose(0, 2, 3, 1)
+
+
+def _read_cifar10_batch(path: str) -> np.ndarray:
+    """(N, 3072) colour planes."""
+    values = int(np.prod(CIFAR10_SHAPE))
+    if path.endswith(".bin"):
+        records = np.frombuffer(_read(path), np.uint8)
+        data = records.reshape(-1, values + 1)[:, 1:] if records.size % (values + 1) == 0 else None
+    else:
+        data = _unpickle(path)
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != values:
+        raise UsageError(f"{path}: no batch of CIFAR-10; get it again")
+    return data
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """A pickle can do anything to its reader; CIFAR-10's hold arrays."""
+
+    def find_class(self, module: str, name: str):
+        # The module of the first moved with numpy 2.
+        known = {"_reconstruct": np.zeros(1).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+        if module.split(".")[0] == "numpy" and name in known:
+            return known[name]
+        if (module, name) == ("_codecs", "encode"):  # how old protocols write bytes
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _unpickle(path: str):
+    try:
+        with open(path, "rb") as file:
+            batch = _ArraysOnly(file, encoding="latin1").load()
+        return batch.get("data", batch.get(b"data"))
+    except (pickle.UnpicklingError, OSError, EOFError, AttributeError, ValueError, TypeError, LookupError, ImportError):
+        return None
+
+
+def _read_npz(path: str) -> Dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in (*SPLITS, "x") if name in file.files}
+            names = ", ".join(file.files)
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise UsageError(f"{path}: no file of numpy.savez ({str(error).splitlines()[0]})") from error
+    if "x" in arrays and "train" not in arrays:
+        arrays = {"train": arrays["x"]}
+    arrays.pop("x", None)
+    if "train" not in arrays:
+        raise UsageError(f"{path} has the arrays {names}: it needs train, and may have valid and test; or one called x")
+    return {split: _checked(f"{path}, array {split}", array) for split, array in arrays.items()}
+
+
+def _checked(name: str, images: np.ndarray) -> np.ndarray:
+    """(N, H, W, C) uint8."""
+    if images.dtype != np.uint8:
+        raise UsageError(f"{name}: {images.dtype}, and images are uint8, 0 to 255; convert them")
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        raise UsageError(f"{name}: shape {images.shape}, and images are (N, H, W) or (N, H, W, C)")
+    return images if images.ndim == 4 else images[..., None]
