@@ -1,0 +1,111 @@
+"""What holds for every family of models: exact gradients, exact draws, and the stock criterion where E-ARM is off."""
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from scipy.stats import chi2
+
+from fairseq_earm.sampling.samples import Samples
+from tests.criterions.stubs import Task
+from tests.families import FAMILIES
+from tests.oracles.tabular import exact_objective
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]()
+
+
+def gradient(loss, model):
+    """All parameters' gradient in one vector."""
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, model.parameters())])
+
+
+def exact_samples(family) -> Samples:
+    """Negatives that are distributed exactly as the model draws them, as many for each row of the batch."""
+    sequences, sources = family.network.exact_batch(family.parts)
+    pad, width = family.dictionary.pad(), max(map(len, sequences))
+    tokens = torch.tensor([[*sequence, *[pad] * (width - len(sequence))] for sequence in sequences])
+    steps = torch.arange(width) < torch.tensor([[len(sequence)] for sequence in sequences])
+    return Samples(tokens, steps, torch.zeros(tokens.shape), torch.zeros_like(sources, dtype=torch.bool), sources)
+
+
+@pytest.mark.parametrize("normalizer", ["batch", "source"])
+@pytest.mark.parametrize("recent_tokens", [-1, 0, 1])
+@pytest.mark.parametrize("energy_steps", ["all", "last", "post"])
+def test_the_gradient_is_that_of_the_exact_objective(family, energy_steps, recent_tokens, normalizer):
+    if energy_steps not in family.steps:
+        pytest.skip("this family has no such step")
+    weight, settings = 0.7, {"recent_tokens": recent_tokens, "normalizer": normalizer}
+    criterion = family.criterion(
+        earm_weight=weight, earm_negatives=2, earm_energy_steps=energy_steps, earm_variance_reduction="none",
+        **{f"earm_{key}": value for key, value in settings.items()},
+    )
+    samples = exact_samples(family)
+    criterion.family.draw = lambda model, sample, negatives: samples
+    loss = criterion(family.model, family.sample)[0]
+    exact = exact_objective(family.network, family.data, range(len(family.data)), energy_steps=energy_steps, **settings)
+    log_probs = family.model(**family.sample["net_input"])[0].log_softmax(-1)
+    target = family.sample["target"]
+    kept = target.ne(family.dictionary.pad())
+    nll = -log_probs.gather(-1, target.masked_fill(~kept, 0).unsqueeze(-1)).squeeze(-1)[kept].sum()
+    expected, got = gradient(nll + weight * exact, family.model), gradient(loss, family.model)
+    assert expected.norm() > 0.1
+    assert (got - expected).norm() < 1e-6 * expected.norm()  # fairseq takes the softmax of attention in single precision
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_draws_are_the_models_own(name):
+    family = FAMILIES[name](**({"rounded": False} if "pixel" in name else {}))
+    criterion = family.criterion()
+    torch.manual_seed(3)
+    draws = 400
+    samples = criterion.family.draw(family.model, family.sample, draws)
+    assert family.model.training
+    assert samples.sources.tolist() == [row for row in range(len(family.data)) for _ in range(draws)]
+    statistic, freedom = 0.0, 0
+    for source in range(len(family.data)):
+        rows = (samples.sources == source).nonzero().flatten().tolist()
+        drawn = [tuple(samples.tokens[row][samples.mask[row]].tolist()) for row in rows]
+        drawn = [sequence[: family.network.length] for sequence in drawn]
+        for row, sequence in list(zip(rows, drawn))[:5]:
+            exact = family.network.log_q(source, sequence).item()
+            assert samples.log_q[row][samples.mask[row]][: len(sequence)].sum().item() == pytest.approx(exact, abs=1e-6)
+        counts = Counter(drawn)
+        for sequence in family.network.complete_sequences():
+            expected = draws * family.network.log_q(source, sequence).exp().item()
+            statistic += (counts[sequence] - expected) ** 2 / expected
+        freedom += len(family.network.complete_sequences()) - 1
+    assert statistic < chi2.ppf(0.999, freedom)
+
+
+@pytest.mark.parametrize("off", [{"earm_weight": 0.0}, {"earm_start_epoch": 2}, "eval"])
+def test_where_earm_is_off_it_is_the_stock_criterion(family, off):
+    family.model.train(off != "eval")
+    task = Task(family.dictionary)
+    for stock, flags in (
+        (CrossEntropyCriterion(task, False), {}),
+        (LabelSmoothedCrossEntropyCriterion(task, False, 0.1), {"label_smoothing": 0.1}),
+    ):
+        ours = family.criterion(**({} if off == "eval" else off), **flags)
+        ours.family.draw = None
+        loss, size, log = ours(family.model, family.sample)
+        expected_loss, expected_size, expected_log = stock(family.model, family.sample)
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12) and size == expected_size
+        assert log["ntokens"] == expected_log["ntokens"]
+        assert torch.allclose(gradient(loss, family.model), gradient(expected_loss, family.model), rtol=1e-10, atol=1e-12)
+
+
+def test_one_update_draws_the_same_negatives_whenever_it_is_done(family):
+    criterion = family.criterion(earm_negatives=3)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        found.append(criterion.family.draw(family.model, family.sample, 3))
+        assert torch.equal(torch.rand(1), torch.manual_seed(7) and torch.rand(1))
+    assert torch.equal(found[0].tokens, found[1].tokens)
