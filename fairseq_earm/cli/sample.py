@@ -1,5 +1,7 @@
 """fairseq-earm-sample: pre-generate a language model's continuations of each prefix of a text, the negatives of residual NCE.
 
+With `--output FILE.png` it draws images instead, see `sample_images`.
+
 Start the same command again after it was killed: it goes on where it stopped, and what it writes is, byte for byte, what one
 run would have written (on the same machine; on a GPU as far as torch's kernels repeat themselves).
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Callable, Optional, Sequence
 
 import numpy as np
@@ -15,6 +18,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 from tqdm import tqdm
 
+from fairseq_earm.cli import sample_images
 from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.base_lm import load_base_lm
@@ -29,6 +33,9 @@ Draw = Callable[[Tensor, int], Tensor]
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; says what there was to do and what was done."""
+    argv = sys.argv[1:] if argv is None else argv
+    if sample_images.wants_images(argv):
+        return sample_images.main(argv)
     args = _parser().parse_args(argv)
     _check_flags(args)
     dictionary = _dictionary(args)
@@ -62,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", help="folder of fairseq-preprocess")
     parser.add_argument("--path", required=True, metavar="FILE", help="checkpoint of the language model")
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="where the samples go, for --negatives in training; one for all splits"
+        "--output", required=True, metavar="FOLDER",
+        help="where the samples go, for --negatives in training; one for all splits. FILE.png: draw images, see --output FILE.png --help",
     )
     parser.add_argument("--gen-subset", default="train", metavar="SPLIT", help="split whose prefixes are continued")
     parser.add_argument("--prefix-length", type=int, default=120, metavar="N", help="tokens that are given")
