@@ -41,14 +41,16 @@ def run_workers(folder, arguments):
     return printed
 
 
-def train_on_two(tiny, folder, *backend):
+def train_on_two(tiny, folder, *backend, **options):
     """What two workers printed and left behind after an epoch that uses E-ARM from its second update on.
+
+    `backend` is the one to train with, and further flags.
 
     By plain gradient descent: Adam makes rounding errors as large as it likes.
     """
     earm = ["--criterion", "earm_cross_entropy", "--earm-start-update", 1, "--earm-weight", 0.5]
     flags = [*earm, "--optimizer", "sgd", "--lr", 0.3, "--ddp-backend", *backend, *EPOCH, *WORKERS]
-    printed = run_workers(folder, train_arguments(tiny, folder / "out", *flags))
+    printed = run_workers(folder, train_arguments(tiny, folder / "out", *flags, **options))
     return printed, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
