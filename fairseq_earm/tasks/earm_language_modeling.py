@@ -3,15 +3,15 @@ from dataclasses import dataclass, field
 
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
-from omegaconf import II
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.language_model import LanguageModelFamily
 from fairseq_earm.tasks.batching import ExactBatches
+from fairseq_earm.tasks.truncated_bptt import TruncatedBptt, TruncatedBpttConfig
 
 
 @dataclass
-class EarmLanguageModelingConfig(LanguageModelingConfig):
+class EarmLanguageModelingConfig(TruncatedBpttConfig, LanguageModelingConfig):
     """What `--task earm_language_modeling` takes beside the flags of `language_modeling`."""
 
     earm_negative_length: int = field(
@@ -20,11 +20,10 @@ class EarmLanguageModelingConfig(LanguageModelingConfig):
     earm_prefix_length: int = field(
         default=0, metadata={"help": "tokens of the block that negatives continue; 0: they begin where the block begins"}
     )
-    train_subset: str = II("dataset.train_subset")
 
 
 @register_task("earm_language_modeling", dataclass=EarmLanguageModelingConfig)
-class EarmLanguageModelingTask(ExactBatches, LanguageModelingTask):
+class EarmLanguageModelingTask(TruncatedBptt, ExactBatches, LanguageModelingTask):
     """fairseq's `language_modeling`; its flags, data and checkpoints are those.
 
     Raises:
