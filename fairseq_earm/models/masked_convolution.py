@@ -75,7 +75,9 @@ class MaskedConv2d(nn.Module):
         return F.conv2d(F.pad(features, self.padding), self.visible_weight, self.bias)
 
     def of_colour(self, outputs: Tensor, colour: int) -> Tensor:
-        """(B, outputs) → those of one colour, half after half."""
+        """(N, outputs) → those of one colour, half after half."""
+        if self.colours == 1:
+            return outputs
         start, end = self.output_bounds[colour : colour + 2]
         return outputs.reshape(len(outputs), self.halves, self.output_bounds[-1])[:, :, start:end].flatten(1)
 
@@ -110,53 +112,45 @@ class RowByRow:
 class ValueByValue:
     """A `MaskedConv2d` that is given one value after the other of a batch of images, `width` pixels wide.
 
-    What comes from the rows above is computed once a row, what comes from the left once a pixel, and what comes from the
-    pixel itself once a colour. The weights are those at the time when this is made.
+    What comes from the rows above is computed once a row, for the whole row; the rest once a colour, for the features of
+    that colour. The weights are those at the time when this is made.
     """
 
     def __init__(self, convolution: MaskedConv2d, batch: int, width: int):
         self.convolution = convolution
-        weight = convolution.visible_weight.detach()
-        reach, above, inputs = convolution.reach, convolution.above, weight.size(1)
-        self.bias = convolution.bias.detach()
-        self.from_above = weight[:, :, :above]
-        self.from_left = weight[:, :, above, :reach].permute(2, 1, 0).flatten(0, 1)
-        self.from_itself = self._by_colour(weight[:, :, above, reach].t())
+        weight, bias = convolution.visible_weight.detach(), convolution.bias.detach()
+        self.reach, above, inputs = convolution.reach, convolution.above, weight.size(1)
+        self.bias, self.from_above = bias, weight[:, :, :above]
+        # The pixels to the left and the pixel itself, feature after feature: what is known at a colour comes first.
+        row = weight[:, :, above, : self.reach + 1].permute(2, 1, 0).flatten(0, 1)
+        bounds = convolution.input_bounds
+        ends = [self.reach * inputs + end for end in (bounds[1:] if convolution.sees_itself else bounds[:-1])]
+        self.from_row = [convolution.of_colour(row[:end], colour).contiguous() for colour, end in enumerate(ends)]
+        self.context = self.by_colour(bias.expand(width, batch, -1))
         # Features come last, so that neighbours in a row are one vector.
-        self.known = weight.new_zeros(batch, above + 1, convolution.padding[0] + width + convolution.padding[1], inputs)
+        self.known = weight.new_zeros(batch, above + 1, width + sum(convolution.padding[:2]), inputs)
         self.column = 0
 
-    def _by_colour(self, weight: Tensor) -> List[Tensor]:
-        """Weights (inputs, outputs) → those from what is known at a colour to the outputs of that colour."""
-        conv = self.convolution
-        known = conv.input_bounds[1:] if conv.sees_itself else conv.input_bounds[:-1]
-        return [conv.of_colour(weight[:end], colour).contiguous() for colour, end in enumerate(known)]
+    def by_colour(self, outputs: Tensor) -> List[Tensor]:
+        """(W, B, outputs) → (W, B, outputs of that colour) for each colour."""
+        parts = [self.convolution.of_colour(outputs.flatten(0, 1), colour) for colour in range(self.convolution.colours)]
+        return [part.unflatten(0, outputs.shape[:2]) for part in parts]
 
     def next_row(self) -> None:
         """Begin a row."""
         above = self.convolution.above
-        if above == 0:
-            return
-        self.known = F.pad(self.known[:, 1:], (0, 0, 0, 0, 0, 1))
-        rows = F.conv2d(self.known[:, :above].permute(0, 3, 1, 2), self.from_above, self.bias)
-        self.row = rows.squeeze(2).transpose(1, 2).contiguous()
-
-    def next_pixel(self, column: int) -> None:
-        """Begin the pixel of this column."""
-        reach = self.convolution.reach
-        self.column = column
-        self.context = self.row[:, column] if self.convolution.above else self.bias.expand(self.known.size(0), -1)
-        if reach > 0:
-            left = self.known[:, -1, column : column + reach].flatten(1)
-            self.context = torch.addmm(self.context, left, self.from_left)
+        if above > 0:
+            self.known = F.pad(self.known[:, 1:], (0, 0, 0, 0, 0, 1))
+            rows = F.conv2d(self.known[:, :above].permute(0, 3, 1, 2), self.from_above, self.bias)
+            self.context = self.by_colour(rows.squeeze(2).permute(2, 0, 1))
 
     def put(self, features: Tensor, colour: int) -> None:
-        """Note the pixel's inputs of one colour, (B, inputs of that colour)."""
+        """Note the inputs of one colour at the pixel in `column`, (B, inputs of that colour)."""
         start, end = self.convolution.input_bounds[colour : colour + 2]
-        self.known[:, -1, self.convolution.reach + self.column, start:end] = features
+        self.known[:, -1, self.reach + self.column, start:end] = features
 
     def get(self, colour: int) -> Tensor:
-        """(B, outputs of that colour) at the pixel, from what was put until now."""
-        weight = self.from_itself[colour]
-        own = self.known[:, -1, self.convolution.reach + self.column, : weight.size(0)]
-        return torch.addmm(self.convolution.of_colour(self.context, colour), own, weight)
+        """(B, outputs of that colour) at the pixel in `column`, from what was put until now."""
+        weight = self.from_row[colour]
+        row = self.known[:, -1, self.column : self.column + self.reach + 1].flatten(1)
+        return torch.addmm(self.context[colour][self.column], row[:, : weight.size(0)], weight)

@@ -172,10 +172,9 @@ class Stepwise:
             self._next_row(row)
         if colour == 0:
             for convolution in self.convolutions.values():
-                convolution.next_pixel(column)
-        gates = self.network.first.of_colour
-        above = [gates(rows[:, :, 0, column], colour) for rows in self.above]
-        return self.network.pixels(None, above, self._apply)
+                convolution.column = column
+        above = [rows[colour][column] for rows in self.above]
+        return self.network.pixels(None, above, lambda convolution, features: self._apply(convolution, features, colour))
 
     @torch.no_grad()
     def append(self, values: Tensor) -> None:
@@ -192,15 +191,17 @@ class Stepwise:
     def _next_row(self, row: int) -> None:
         for convolution in self.convolutions.values():
             convolution.next_row()
-        before = self.values[:, :, max(row - 1, 0) : max(row, 1)]
-        above = self.network.rows(before, self._apply_rows if row > 0 else _whole)
-        self.above = above if row > 0 else [torch.zeros_like(rows) for rows in above]
+        if row == 0:
+            above = [torch.zeros_like(rows) for rows in self.network.rows(self.values[:, :, :1], _whole)]
+        else:
+            above = self.network.rows(self.values[:, :, row - 1 : row], self._apply_rows)
+        first = self.convolutions[self.network.first]
+        self.above = [first.by_colour(rows.squeeze(2).permute(2, 0, 1)) for rows in above]
 
     def _apply_rows(self, convolution: RowsConv2d, row: Tensor) -> Tensor:
         return self.row_convolutions[convolution](row)
 
-    def _apply(self, convolution: MaskedConv2d, features: Optional[Tensor]) -> Tensor:
-        _, _, colour = self._place()
+    def _apply(self, convolution: MaskedConv2d, features: Optional[Tensor], colour: int) -> Tensor:
         steps = self.convolutions[convolution]
         if convolution.sees_itself:
             steps.put(features, colour)
