@@ -219,10 +219,8 @@ class _TwoPasses:
     def _mixture(self, first: tuple, places: tuple) -> Mixture:
         """What to read at `places`: the prediction of the step before, padding excepted."""
         rows, steps = places
-        before = first[0][rows, steps - 1]
-        through = self.predictions.through_first_pass
-        with torch.set_grad_enabled(torch.is_grad_enabled() and through):
-            logits = widen(full_logits(self.decoder, (before if through else before.detach(),)))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.predictions.through_first_pass):
+            logits = widen(full_logits(self.decoder, (first[0][rows, steps - 1],)))
             logits = without_padding(logits, self.pad) / self.predictions.temperature
             if self.predictions.kind == "topk-mix":
                 likeliest = logits.topk(self.predictions.topk, dim=-1)

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fairseq.distributed import ModuleProxyWrapper
 from fairseq.models import FairseqDecoder, FairseqLanguageModel
 from fairseq.models.lstm import LSTMModel, base_architecture
 from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture
@@ -218,11 +219,14 @@ def test_embeddings_and_gradients_of_mixtures(family, topk, temperature, through
     logits = mixed_by_definition(model, net_input, topk, temperature, through)
     expected = gradients(model, loss_of(logits))
     with scheduled_sampling(model, 0.0, Predictions("topk-mix", topk, temperature, through)):
-        found = model(**net_input)[0]
-        gradient = gradients(model, loss_of(found))
-    assert torch.allclose(found, logits, rtol=0, atol=1e-12)
-    assert gradient.keys() == expected.keys()
-    assert all(torch.allclose(gradient[name], expected[name], rtol=1e-9, atol=1e-10) for name in expected)
+        found = [model(**net_input)[0]]
+        with keep_teacher_forced():
+            found.append(model(**net_input)[0])
+    for second in found:
+        assert torch.allclose(second, logits, rtol=0, atol=1e-12)
+        gradient = gradients(model, loss_of(second))
+        assert gradient.keys() == expected.keys()
+        assert all(torch.allclose(gradient[name], expected[name], rtol=1e-9, atol=1e-10) for name in expected)
     other = gradients(model, loss_of(mixed_by_definition(model, net_input, topk, temperature, not through)))
     assert not all(torch.allclose(other[name], expected[name], rtol=1e-3) for name in expected)
 
@@ -320,29 +324,50 @@ class Entering(nn.Module):
             return self.model(**net_input)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_negatives_are_left_alone(kind):
-    model, net_input = translation()
+def pair(model, net_input):
+    """Net outputs of the data and of negatives, in one forward as E-ARM has it, with the data's first pass."""
     sources = torch.tensor([0, 2, 2])
     negatives = torch.tensor([[EOS, 4, 6], [EOS, 6, PAD], [EOS, 5, 5]])
 
-    def pair(model):
-        def decode(encoder_out):
-            return model.decoder(negatives, encoder_out=model.encoder.reorder_encoder_out(encoder_out, sources))
+    def decode(encoder_out):
+        return model.decoder(negatives, encoder_out=model.encoder.reorder_encoder_out(encoder_out, sources))
 
-        torch.manual_seed(5)
-        with keep_teacher_forced():
-            return forward_with_negatives(model, net_input, decode)
+    torch.manual_seed(5)
+    with keep_teacher_forced():
+        return forward_with_negatives(model, net_input, decode)
 
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_negatives_are_left_alone(kind):
+    model, net_input = translation()
     settings = 0.5, Predictions(kind, topk=3)
-    stock = pair(model)
+    stock = pair(model, net_input)
     with scheduled_sampling(model, *settings):
-        outside, twice = pair(model), pair(model)
-    inside = pair(Entering(model, *settings))
+        outside, twice = pair(model, net_input), pair(model, net_input)
+    inside = pair(Entering(model, *settings), net_input)
     for data, negative in (outside, twice, inside):
         assert torch.equal(negative[0], stock[1][0]) and "teacher_forced" not in negative[1]
         assert torch.equal(data[1]["teacher_forced"], stock[0][0])
         assert torch.equal(data[0], outside[0][0]) and not torch.allclose(data[0], stock[0][0])
+
+
+@pytest.mark.parametrize("predictions", [Predictions("sample"), Predictions("topk-mix", 3, through_first_pass=True)])
+def test_torchs_wrapper_finds_all_passes(tmp_path, predictions):
+    model, net_input = translation(dropout=0.3)
+
+    def gradient(wrapped):
+        with scheduled_sampling(wrapped, 0.5, predictions):
+            data, negative = pair(wrapped, net_input)
+        return gradients(model, loss_of(data[0]) + loss_of(data[1]["teacher_forced"]) + loss_of(negative[0]))
+
+    expected = gradient(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", world_size=1, rank=0)
+    try:
+        # Stock fairseq 0.12.2 has weights that are never trained.
+        found = gradient(ModuleProxyWrapper(torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-12, atol=0) for name in expected)
 
 
 def test_outside_the_models_forward_and_in_evaluation_nothing_differs():
