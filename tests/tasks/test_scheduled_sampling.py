@@ -4,12 +4,15 @@ import json
 import pytest
 import torch
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf
 
-from fairseq_earm.sampling.scheduled import Predictions
+from fairseq_earm.sampling.scheduled import Predictions, scheduled_sampling
 from fairseq_earm.tasks.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
+from tests.criterions.stubs import NEGATIVES, FixedSampler, batch, build
 from tests.test_distributed import EPOCH, WORKERS, run_workers
+from tests.tiny_model import tiny_model
 from tests.tiny_translation import generate, recorded_log, same_state, train, train_arguments, used_weights
 
 TASK = ["--task", "earm_translation", "--max-update", 3]
@@ -101,6 +104,33 @@ def test_validation_and_generation_are_the_stock_ones(tiny, tmp_path):
         [entry] = [json.loads(r.getMessage()) for r in records if r.name == "valid"]
         losses.append((entry["valid_loss"], entry["valid_nll_loss"], "valid_teacher_forcing" in entry))
     assert losses[0] == losses[1] and not losses[1][2]
+
+
+def value_and_gradient(model, criterion, sample):
+    model.zero_grad()
+    loss = criterion(model, sample)[0]
+    loss.backward()
+    used = used_weights(dict(model.named_parameters()))
+    return {"loss": loss.detach().double(), **{name: weight.grad.clone() for name, weight in used.items()}}
+
+
+@pytest.mark.parametrize("flags", [{}, {"earm_energy_steps": "post"}, {"earm_smooth_history": True}, {"earm_control": True}])
+def test_earm_adds_to_the_second_passes_cross_entropy_what_it_adds_to_one_passes(flags):
+    """Its own terms are those of the data as it is, and of negatives as they are."""
+    model = tiny_model(words=3).train()
+    earm = [build(model, earm_weight=weight, label_smoothing=0.1, ignore_prefix_size=1, **flags) for weight in (1.0, 2.0)]
+    for criterion in earm:
+        criterion.family.sampler = FixedSampler(model, NEGATIVES)
+    stock = LabelSmoothedCrossEntropyCriterion(earm[0].task, False, 0.1, ignore_prefix_size=1)
+    one_pass = [value_and_gradient(model, criterion, batch(model)) for criterion in (*earm, stock)]
+    with scheduled_sampling(model, 0.0, Predictions("argmax")):
+        two_passes = [value_and_gradient(model, criterion, batch(model)) for criterion in (*earm, stock)]
+    assert not torch.allclose(two_passes[2]["loss"], one_pass[2]["loss"], rtol=0.1)
+    for name in one_pass[0]:
+        added = [twice[name] - once[name] for once, twice, _ in (one_pass, two_passes)]
+        assert torch.allclose(added[1], added[0], rtol=1e-9, atol=1e-11), name
+        # The stock criterion computes in float32.
+        assert torch.allclose(two_passes[0][name] - added[1], two_passes[2][name], rtol=1e-4, atol=1e-5), name
 
 
 class Stock:
