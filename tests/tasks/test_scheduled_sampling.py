@@ -128,8 +128,8 @@ def test_earm_adds_to_the_second_passes_cross_entropy_what_it_adds_to_one_passes
     assert not torch.allclose(two_passes[2]["loss"], one_pass[2]["loss"], rtol=0.1)
     for name in one_pass[0]:
         added = [twice[name] - once[name] for once, twice, _ in (one_pass, two_passes)]
-        assert torch.allclose(added[1], added[0], rtol=1e-9, atol=1e-11), name
-        # The stock criterion computes in float32.
+        # fairseq's attention to the source and its criterion compute in float32.
+        assert torch.allclose(added[1], added[0], rtol=1e-5, atol=1e-5), name
         assert torch.allclose(two_passes[0][name] - added[1], two_passes[2][name], rtol=1e-4, atol=1e-5), name
 
 
