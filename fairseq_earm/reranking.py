@@ -17,12 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from fairseq_earm.ebm.weights import resample
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.isolation import on_its_own
-from fairseq_earm.sampling.scoring import score_sequences
+from fairseq_earm.sampling.scoring import MAX_LOGITS, score_sequences
 
 logger = logging.getLogger(__name__)
-
-# Logits held at once while candidates are scored: 128 MiB in float32.
-MAX_LOGITS = 2**25
 
 Hypotheses = List[List[Dict[str, Tensor]]]
 
@@ -46,7 +43,7 @@ class EnergyReranker:
         log_weight: what takes the place of log μ, −E of an energy network for one: (the batch's `net_input`, hypotheses of
             its sentences) → (R,) of every hypothesis, sentence after sentence, in nats. `energy_step` is not used then.
     Raises:
-        UsageError: a model without plain logits to read log μ from, a generator that has no candidates to choose from.
+        UsageError: a model that is no encoder-decoder, a generator that has no candidates to choose from.
     """
 
     def __init__(
@@ -164,11 +161,6 @@ def _check_models(models: Sequence) -> None:
         name = type(model).__name__
         if not (hasattr(model, "encoder") and hasattr(model, "decoder")):
             raise UsageError(f"--energy-rerank needs encoder-decoder models, and {name} is none: leave the flag out")
-        if getattr(model.decoder, "adaptive_softmax", None) is not None:
-            raise UsageError(
-                f"--energy-rerank needs the logits of the whole vocabulary, and this {name} has an adaptive softmax: "
-                "use a model trained without --adaptive-softmax-cutoff, or leave the flag out"
-            )
 
 
 def _check_candidates(generator, select: str) -> None:

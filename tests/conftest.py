@@ -27,6 +27,12 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def adaptive(tiny, tmp_path_factory):
+    """A run on `tiny`'s text whose model has an adaptive softmax, see `tiny_translation.build_adaptive`."""
+    return tiny_translation.build_adaptive(tiny, tmp_path_factory.mktemp("adaptive"))
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """Binarised monolingual text and a language model trained on it, see `tiny_language.build_text`."""
     return tiny_language.build_text(tmp_path_factory.mktemp("text"))

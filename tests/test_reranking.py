@@ -13,6 +13,7 @@ from fairseq.sequence_generator import SequenceGenerator
 
 from fairseq_earm import reranking
 from fairseq_earm.reranking import EnergyReranker, candidate_log_mu
+from tests.tiny_model import log_probs_of
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,12 @@ def oracle(model, source, target, energy_step="last"):
     """(log q, log μ) of one target given one source, unpadded, by plain log-softmax of a float64 model."""
     encoder_out = model.encoder(source.unsqueeze(0), src_lengths=torch.tensor([len(source)]))
     eos = torch.tensor([model.decoder.dictionary.eos()])
-    logits = model.decoder(torch.cat([eos, target]).unsqueeze(0), encoder_out=encoder_out)[0][0].detach()
-    log_q = logits[:-1].log_softmax(-1).gather(1, target.unsqueeze(1)).sum().item()
-    return log_q, logits[-2 if energy_step == "last" else -1].exp().sum().log().item()
+    with torch.no_grad():
+        output = model.decoder(torch.cat([eos, target]).unsqueeze(0), encoder_out=encoder_out)
+        log_q = log_probs_of(model.decoder, output)[0, :-1].gather(1, target.unsqueeze(1)).sum().item()
+        softmax, step = model.decoder.adaptive_softmax, -2 if energy_step == "last" else -1
+        scores = output[0][0, step] if softmax is None else softmax.head(output[0][0, step])
+    return log_q, scores.exp().sum().log().item()
 
 
 def sources(sample):
@@ -78,6 +82,21 @@ def test_scores_and_order_are_those_of_a_float64_oracle(models, dictionary, ener
             expected.append((log_q + 0.7 * log_mu) / length)
         assert [h["score"].item() for h in candidates] == pytest.approx(expected, abs=1e-4)
         assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-4)
+
+
+@pytest.mark.parametrize("energy_step", ["last", "post"])
+def test_an_adaptive_softmax_has_the_energies_of_its_head(adaptive, energy_step):
+    models = load_model_ensemble([str(adaptive.folder / "checkpoint_last.pt")])[0]
+    exact, sample = copy.deepcopy(models[0]).double().eval(), batch(models[0].decoder.dictionary, SENTENCES)
+    stock = generator(models, models[0].decoder.dictionary)
+    seen = set()
+    for source, candidates in zip(sources(sample), EnergyReranker(stock, models, energy_step=energy_step).generate(models, sample)):
+        for hypothesis in candidates:
+            log_q, log_mu = oracle(exact, source, hypothesis["tokens"], energy_step)
+            assert hypothesis["log_mu"].item() == pytest.approx(log_mu, abs=1e-4)
+            assert hypothesis["score"].item() == pytest.approx((log_q + log_mu) / len(hypothesis["tokens"]), abs=1e-4)
+            seen.update(hypothesis["tokens"].tolist())
+    assert max(seen) >= 10 and exact.decoder.adaptive_softmax.cutoff[:2] == [6, 10], "words of every cluster should be said"
 
 
 def test_reranking_keeps_candidates_and_changes_an_order(models, dictionary):
@@ -252,6 +271,3 @@ def test_bad_settings_are_named(models, dictionary):
         EnergyReranker(SimpleNamespace(), models)
     with pytest.raises(SystemExit, match="encoder-decoder"):
         EnergyReranker(stock, [SimpleNamespace(decoder=None)])
-    adaptive = SimpleNamespace(encoder=None, decoder=SimpleNamespace(adaptive_softmax=object()))
-    with pytest.raises(SystemExit, match="adaptive softmax"):
-        EnergyReranker(stock, [*models, adaptive])

@@ -11,7 +11,7 @@ import torch
 from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture
 from torch import Tensor
 
-from tests.tiny_model import tiny_dictionary
+from tests.tiny_model import log_probs_of, sharpen, tiny_dictionary
 from tests.tiny_translation import OPTIMISATION, command
 
 ARCH = (
@@ -19,6 +19,12 @@ ARCH = (
     "--share-decoder-input-output-embed --dropout 0.1 "
 ).split()
 TEXT = ["--task", "language_modeling", "--sample-break-mode", "none", "--tokens-per-sample", 12]
+# Flags of adaptive softmaxes for `tiny_language_model`s of three words or more.
+ADAPTIVE = {"adaptive_softmax_cutoff": "3,5", "adaptive_softmax_factor": 2.0, "adaptive_softmax_dropout": 0.0}
+TIED = {
+    **ADAPTIVE, "adaptive_input": True, "adaptive_input_cutoff": "3,5", "adaptive_input_factor": 2.0,
+    "tie_adaptive_weights": True, "tie_adaptive_proj": True,
+}
 SIZES = {"train": 300, "valid": 60, "test": 40}
 
 
@@ -33,16 +39,9 @@ def tiny_language_model(words: int = 2, seed: int = 0, max_positions: int = 64, 
     torch.manual_seed(seed)
     task = Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
     model = TransformerLanguageModel.build_model(args, task).double()
-    with torch.no_grad():
-        for weight in {id(weight): weight for weight in _vocabulary_weights(model.decoder)}.values():
-            weight.mul_(4.0)
+    decoder, softmax = model.decoder, model.decoder.adaptive_softmax
+    sharpen([decoder.embed_tokens.weight, decoder.output_projection.weight] if softmax is None else softmax.parameters())
     return model.eval()
-
-
-def _vocabulary_weights(decoder) -> list:
-    if decoder.adaptive_softmax is not None:
-        return list(decoder.adaptive_softmax.parameters())
-    return [decoder.embed_tokens.weight, decoder.output_projection.weight]
 
 
 def enumerate_continuations(model, prefix: Tensor, length: int, first: Optional[int] = None) -> dict:
@@ -60,7 +59,7 @@ def enumerate_continuations(model, prefix: Tensor, length: int, first: Optional[
         for continuation, log_prob in found.items():
             read = torch.tensor([[first, *prefix.tolist(), *continuation]])
             with torch.no_grad():
-                log_probs = model.get_normalized_probs(model.decoder(read), log_probs=True)[0, -1]
+                log_probs = log_probs_of(model.decoder, model.decoder(read))[0, -1]
             log_probs[pad] = -float("inf")
             log_probs = log_probs.log_softmax(-1).tolist()
             for token in itertools.chain(range(pad), range(pad + 1, len(dictionary))):

@@ -19,23 +19,37 @@ def tiny_dictionary(words: int = 2) -> Dictionary:
 
 
 def tiny_model(
-    words: int = 2, seed: int = 0, dropout: float = 0.0, max_target_positions: int = 64, learned_positions: bool = False
+    words: int = 2, seed: int = 0, dropout: float = 0.0, max_target_positions: int = 64, learned_positions: bool = False,
+    **settings,
 ) -> TransformerModel:
-    """A one-layer transformer in float64 with logits far from uniform."""
+    """A one-layer transformer in float64 with logits far from uniform; `settings` are further flags of transformer."""
     dictionary = tiny_dictionary(words)
     args = Namespace(
         encoder_layers=1, decoder_layers=1, encoder_embed_dim=8, decoder_embed_dim=8, encoder_ffn_embed_dim=16,
         decoder_ffn_embed_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, dropout=dropout,
         max_source_positions=64, max_target_positions=max_target_positions, share_decoder_input_output_embed=False,
-        decoder_learned_pos=learned_positions,
+        decoder_learned_pos=learned_positions, **settings,
     )
     base_architecture(args)
     torch.manual_seed(seed)
     model = TransformerModel.build_model(args, Namespace(source_dictionary=dictionary, target_dictionary=dictionary))
     model.double()
-    with torch.no_grad():
-        model.decoder.output_projection.weight.mul_(4.0)
+    softmax = model.decoder.adaptive_softmax
+    sharpen([model.decoder.output_projection.weight] if softmax is None else softmax.parameters())
     return model.eval()
+
+
+def sharpen(weights) -> None:
+    """Make weights four times as large, each once."""
+    with torch.no_grad():
+        for weight in {id(weight): weight for weight in weights}.values():
+            weight.mul_(4.0)
+
+
+def log_probs_of(decoder, output: tuple) -> torch.Tensor:
+    """(..., V) log-probabilities in what a decoder returned, an adaptive softmax's by fairseq's own formula."""
+    softmax = decoder.adaptive_softmax
+    return output[0].log_softmax(-1) if softmax is None else softmax.get_log_prob(output[0], None)
 
 
 def tiny_batch(model, lengths=(3, 2), seed: int = 1) -> dict:
@@ -68,8 +82,7 @@ def enumerate_targets(model, net_input: dict, source: int, length: int, transfor
             extended = {}
             for prefix, log_prob in open_prefixes.items():
                 tokens = torch.tensor([[*prefix, pad]])
-                logits = model.decoder(decoder_input(tokens, eos), encoder_out=encoder_out)[0][0, -1]
-                log_probs = logits.log_softmax(-1)
+                log_probs = log_probs_of(model.decoder, model.decoder(decoder_input(tokens, eos), encoder_out=encoder_out))[0, -1]
                 log_probs[pad] = -float("inf")
                 log_probs = log_probs.log_softmax(-1) if transform is None else transform(log_probs)
                 for token in itertools.chain(range(pad), range(pad + 1, len(dictionary))):

@@ -138,6 +138,14 @@ def write_text(folder, sizes, seed=0):
             (folder / f"{split}.{language}").write_text("".join(pair[side] + "\n" for pair in pairs))
 
 
+def build_adaptive(tiny, folder):
+    """A model with an adaptive softmax, trained by cross-entropy for an epoch and by E-ARM for another."""
+    untied = [flag for flag in ARCH if flag != "--share-decoder-input-output-embed"]
+    softmax = ["--adaptive-softmax-cutoff", "6,10", "--adaptive-softmax-factor", 2]
+    earm = ["--criterion", "earm_cross_entropy", "--earm-start-epoch", 2, "--earm-weight", 1, "--max-epoch", 2]
+    return train(tiny, folder, "--task", "earm_translation", *earm, arch=[*untied, *softmax])
+
+
 def build(folder):
     """Text of 403, 60 and 7 sentences, binarised, with two models `a` and `b` trained by task `earm_translation`."""
     write_text(folder, {"train": 403, "valid": 60, "test": 7})

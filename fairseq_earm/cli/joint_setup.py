@@ -13,7 +13,7 @@ from fairseq.models import FairseqEncoderDecoderModel
 
 from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task
 from fairseq_earm.errors import UsageError
-from fairseq_earm.evaluation.joint_models import LanguageJoint, TranslationJoint, network_energies, own_energies
+from fairseq_earm.evaluation.joint_models import LanguageJoint, TranslationJoint, network_energies, own_energies, own_language_energies
 from fairseq_earm.evaluation.residual import JointModel
 from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.ancestral import AncestralSampler, max_lengths
@@ -62,8 +62,8 @@ def open_measured(args: argparse.Namespace) -> Measured:
 
 
 def _language(args: argparse.Namespace) -> Measured:
-    if args.energy:
-        raise UsageError(f"--energy {args.energy} is for translation models; {args.data} holds text of one language: give --energy-path")
+    if args.energy and args.energy_step == "post":
+        raise UsageError("--energy-step post: text has no last step to come after; leave the flag out")
     dictionary = text_dictionary(args.data)
     data = text_task(dictionary, args.data)
     energy = _energy(args, data, ResidualLanguageModelingTask)
@@ -81,9 +81,13 @@ def _language(args: argparse.Namespace) -> Measured:
     indices = spread(len(blocks), args.max_sequences)
     if blocks.supports_prefetch:
         blocks.prefetch(indices)
-    network = energy.to(device(args)).model if energy else None
+    model = base.to(device(args)).model
+    if args.energy:
+        energies = own_language_energies(model)
+    else:
+        energies = energy.to(device(args)).model if energy else None
     return Measured(
-        LanguageJoint(base.to(device(args)).model, network, prefix, chunk=args.batch_size),
+        LanguageJoint(model, energies, prefix, chunk=args.batch_size),
         indices,
         lambda index: blocks[index].to(device(args)),
         blocks.skipped,

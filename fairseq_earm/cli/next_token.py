@@ -15,14 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task, write_json
-from fairseq_earm.ebm.energy import widen
 from fairseq_earm.ebm.marginal import next_token
 from fairseq_earm.errors import UsageError
 from fairseq_earm.joint_generation import DEFAULT_TOKENS, chunk_of, draw_candidates, finite
 from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.continuation import ContinuationSampler, without_padding
-from fairseq_earm.sampling.scoring import decoder_input
+from fairseq_earm.sampling.scoring import decoder_input, last_logits
 from fairseq_earm.sampling.store_settings import DTYPES
 
 
@@ -61,7 +60,7 @@ def next_tokens(
     """
     dictionary = base.decoder.dictionary
     read = decoder_input(prefix.unsqueeze(0), dictionary.eos(), extra_step=True)
-    logits = widen(base.decoder(read)[0][0, -1])
+    logits = last_logits(base.decoder, read)[0]
     log_probs, tokens = without_padding(logits, dictionary.pad()).double().log_softmax(-1).topk(top_k)
     rows = torch.cat([prefix.expand(top_k, -1), tokens.unsqueeze(1)], 1)
     if rest == 0:

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--path", required=True, metavar="FILE", help="checkpoint of the base model")
     energy = parser.add_mutually_exclusive_group()
     energy.add_argument("--energy-path", metavar="FILE", help="checkpoint of an energy network; without an energy, the base alone")
-    energy.add_argument("--energy", choices=["earm"], help="the base model's own energies (a translation model trained by E-ARM)")
+    energy.add_argument("--energy", choices=["earm"], help="the base model's own energies (a model trained by E-ARM)")
     parser.add_argument(
         "--energy-step", choices=["last", "post"], default="last", help="with --energy earm: as the model was trained (default: last)",
     )

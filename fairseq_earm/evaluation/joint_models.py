@@ -11,7 +11,7 @@ from fairseq_earm.ebm.energy import widen
 from fairseq_earm.evaluation.residual import LastToken
 from fairseq_earm.sampling.continuation import ContinuationSampler, score_continuations, without_padding
 from fairseq_earm.sampling.layout import prefix_continuation, source_target
-from fairseq_earm.sampling.scoring import decoder_input, score_sequences, start_tokens
+from fairseq_earm.sampling.scoring import MAX_LOGITS, decoder_input, full_logits, last_logits, score_sequences, start_tokens
 
 
 class LanguageJoint:
@@ -55,8 +55,8 @@ class LanguageJoint:
 
     @torch.no_grad()
     def last_token(self, item: Tensor) -> LastToken:
-        logits = self.base.decoder(decoder_input(item.unsqueeze(0), self.dictionary.eos()))[0][0, -1]
-        log_probs = without_padding(widen(logits), self.dictionary.pad()).log_softmax(-1)
+        logits = last_logits(self.base.decoder, decoder_input(item.unsqueeze(0), self.dictionary.eos()))[0]
+        log_probs = without_padding(logits, self.dictionary.pad()).log_softmax(-1)
         tokens = torch.arange(log_probs.numel(), device=item.device)
         tokens = tokens[tokens != self.dictionary.pad()]
         ends = tokens.unsqueeze(1).split(self.chunk)
@@ -90,7 +90,7 @@ class TranslationJoint:
         target, inputs = item["target"], item["net_input"]
         encoder_out = self.base.encoder(src_tokens=inputs["src_tokens"], src_lengths=inputs["src_lengths"])
         read = decoder_input(target, start_tokens(inputs, self.base.decoder.dictionary.eos()))
-        logits = self.base.decoder(read, encoder_out=encoder_out)[0]
+        logits = full_logits(self.base.decoder, self.base.decoder(read, encoder_out=encoder_out))
         log_probs = without_padding(widen(logits), self.pad).log_softmax(-1)
         return log_probs.gather(-1, target.unsqueeze(-1)).flatten()
 
@@ -122,6 +122,21 @@ def own_energies(model, energy_step: str = "last") -> Callable[[dict, Tensor, Te
     def energies(net_input: dict, tokens: Tensor, mask: Tensor) -> Tensor:
         sources = torch.zeros(tokens.size(0), dtype=torch.long, device=tokens.device)
         return -score_sequences(model, net_input, tokens, mask, sources=sources, energy_step=energy_step).log_mu
+
+    return energies
+
+
+def own_language_energies(model) -> Callable[[Tensor], Tensor]:
+    """An E-ARM language model's energies of whole sequences: −log μ (Wang et al., Eq. 4), read at the last token's step.
+
+    The logsumexp is over the whole vocabulary, as it was trained; padding, which is never drawn, included.
+    """
+    decoder = model.decoder
+
+    def energies(tokens: Tensor) -> Tensor:
+        read = decoder_input(tokens, decoder.dictionary.eos())
+        rows = max(1, MAX_LOGITS // (read.size(1) * len(decoder.dictionary)))
+        return torch.cat([-last_logits(decoder, part).logsumexp(-1) for part in read.split(rows)])
 
     return energies
 

@@ -19,8 +19,8 @@ def load_base_lm(
     """`load_frozen` for a language model that can write sequences of `sequence_length` tokens.
 
     Raises:
-        UsageError: as `load_frozen`; also another kind of model, an adaptive softmax, a language model that does not write
-            from left to right, or one with fewer positions.
+        UsageError: as `load_frozen`; also another kind of model, a language model that does not write from left to right,
+            or one with fewer positions.
     """
     frozen = load_frozen(path, task, flag=flag, dtype=dtype)
     model, kind = frozen.model, type(frozen.model).__name__
@@ -28,8 +28,6 @@ def load_base_lm(
         raise UsageError(f"{flag} {path} is a {kind}: give a language model (fairseq-train --task language_modeling)")
     if not isinstance(model.decoder, FairseqIncrementalDecoder) or getattr(frozen.task, "targets", ["future"]) != ["future"]:
         raise UsageError(f"{flag} {path}: this {kind} does not write from left to right; give a language model that does")
-    if getattr(model.decoder, "adaptive_softmax", None) is not None:
-        raise UsageError(f"{flag} {path}: an adaptive softmax has no logits to draw from; train without --adaptive-softmax-cutoff")
     if getattr(getattr(frozen.task, "args", None), "add_bos_token", False):
         logger.warning(
             "%s %s was trained with --add-bos-token: here its sequences begin with end-of-sentence alone, as without it", flag, path

@@ -9,6 +9,10 @@ from torch import Tensor
 from fairseq_earm.ebm.energy import TokenEnergies, last_step, log_mu, token_energies, widen
 
 
+# Logits held at once while sequences are scored: 128 MiB in float32.
+MAX_LOGITS = 2**25
+
+
 class SequenceScores(NamedTuple):
     """A model's log-probability and energy of whole sequences, in nats.
 
@@ -40,6 +44,12 @@ def full_logits(decoder, net_output: tuple) -> Tensor:
         head[..., shortlist + number, None] + widen(tail(features)).log_softmax(-1) for number, tail in enumerate(softmax.tail)
     ]
     return torch.cat([head[..., :shortlist], *clusters], -1)
+
+
+def last_logits(decoder, read: Tensor) -> Tensor:
+    """(R, V) logits after all of the tokens read (R, T), by a decoder without an encoder; at least float32."""
+    output = decoder(read)[0][:, -1:]
+    return widen(full_logits(decoder, (output,))[:, 0])
 
 
 def decoder_input(tokens: Tensor, start, *, extra_step: bool = False) -> Tensor:

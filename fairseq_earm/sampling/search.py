@@ -13,7 +13,7 @@ from torch import Tensor
 from fairseq_earm.sampling.ancestral import max_lengths
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.samples import Samples
-from fairseq_earm.sampling.scoring import decoder_input, start_tokens
+from fairseq_earm.sampling.scoring import decoder_input, full_logits, start_tokens
 
 
 class GeneratorSampler:
@@ -83,8 +83,10 @@ class GeneratorSampler:
     def _log_q(self, model, net_input: dict, starts: Tensor, tokens: Tensor) -> Tensor:
         """(R, T) log-probability of each token under the truncated, renormalised softmax."""
         encoder_out = model.encoder(**net_input)
-        logits = model.decoder(decoder_input(tokens, starts), encoder_out=encoder_out)[0]
-        log_probs = (logits.float() / self.temperature).log_softmax(-1)
+        output = model.decoder(decoder_input(tokens, starts), encoder_out=encoder_out)[0]
+        # The generator divides what the decoder returns: logits, or the features that an adaptive softmax reads.
+        logits = full_logits(model.decoder, (output / self.temperature,))
+        log_probs = logits.float().log_softmax(-1)
         # As the generator does: padding leaves the distribution after the softmax, so the rest sums to less than one.
         log_probs[..., self.dictionary.pad()] = -math.inf
         log_probs = truncate_log_probs(log_probs, self.topk, self.topp)

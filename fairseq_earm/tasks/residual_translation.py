@@ -114,8 +114,6 @@ class ResidualTranslationTask(ExactBatches, TranslationTask):
         kind = type(base.model).__name__
         if not (hasattr(base.model, "encoder") and hasattr(base.model, "decoder")):
             raise UsageError(f"--base-model {path} is a {kind}: give a translation model (fairseq-train --task translation)")
-        if getattr(base.model.decoder, "adaptive_softmax", None) is not None:
-            raise UsageError(f"--base-model {path}: an adaptive softmax has no logits to draw from; use a model without")
         self.base = base
         self.sampler = AncestralSampler(
             self.target_dictionary, max_len_a=self.cfg.negatives_max_len_a, max_len_b=self.cfg.negatives_max_len_b

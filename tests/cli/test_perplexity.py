@@ -14,6 +14,7 @@ from fairseq_earm.cli.joint_setup import spread
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.blocks import load_blocks
 from tests.tiny_energy import LENGTHS, SIZES
+from tests.tiny_language import ARCH, TEXT
 from tests.tiny_translation import train
 
 
@@ -38,9 +39,16 @@ def load(path):
     return checkpoint_utils.load_model_ensemble([str(path)])[0][0].eval()
 
 
-def exact_figures(residual, prefix_length, indices):
+def own_energy(base):
+    """What an E-ARM model says of whole sequences at their last step, by one pass over all of them."""
+    eos = base.decoder.dictionary.eos()
+    return lambda rows: -base(torch.cat([rows.new_full((len(rows), 1), eos), rows[:, :-1]], 1))[0][:, -1].logsumexp(-1)
+
+
+def exact_figures(residual, prefix_length, indices, energy=None):
     """Perplexity of the joint model, and of its last step, over all continuations of two tokens."""
-    base, energy = load(residual.base), load(residual.energy)
+    base = load(residual.base)
+    energy = load(residual.energy) if energy is None else energy(base)
     dictionary = base.decoder.dictionary
     words = [i for i in range(len(dictionary)) if i != dictionary.pad()]
     blocks = load_blocks(f"{residual.data}/test", dictionary, sequence_length=prefix_length + 2)
@@ -174,7 +182,8 @@ def test_bad_input_is_one_clear_line(residual, text, tiny, tmp_path, capsys):
     assert "give an energy network" in refused(capsys, text.data, text.base, "--energy-path", text.base)
     assert "--samples 1:" in refused(capsys, *joint, "--samples", 1, 10)
     assert "--samples is for a normaliser" in refused(capsys, *alone, "--samples", 10)
-    assert "--energy earm is for translation models" in refused(capsys, *alone, "--energy", "earm")
+    assert "--energy-step post: text has no last step" in refused(capsys, *alone, "--energy", "earm", "--energy-step", "post")
+    assert "--prefix-length is missing" in refused(capsys, text.data, text.base, "--energy", "earm")
     assert "--batch-size 0" in refused(capsys, *alone, "--batch-size", 0)
     assert "--max-sequences 0" in refused(capsys, *alone, "--max-sequences", 0)
     assert "--max-len-a -1" in refused(capsys, *alone, "--max-len-a", -1)
@@ -206,6 +215,33 @@ def test_an_energy_of_another_base_is_warned_about(residual, text, tmp_path, cap
     torch.save(state, tmp_path / "other.pt")
     run(text.data, tmp_path / "other.pt", "--energy-path", residual.energy, "--samples", 2, "--max-sequences", 1)
     assert "is not the base that --energy-path" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def earm(text, tmp_path_factory):
+    """A language model whose energies are strong after a few updates: its offset alone is trained further."""
+    flags = [*TEXT, "--task", "earm_language_modeling", "--criterion", "earm_cross_entropy", "--earm-start-epoch", 1]
+    weight = ["--earm-weight", 3, "--earm-energy-steps", "last", "--earm-recent-tokens", 0, "--earm-prefix-length", 10]
+    run = train(text, tmp_path_factory.mktemp("earm"), *flags, *weight, "--finetune-from-model", text.base, arch=ARCH)
+    return SimpleNamespace(data=text.data, base=run.folder / "checkpoint_last.pt")
+
+
+def test_a_language_model_with_its_own_energies(earm, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    sizes = ["--prefix-length", 10, "--sequence-length", 12, "--max-sequences", 6]
+    run(earm.data, earm.base, "--energy", "earm", *sizes, "--samples", 4000, 50, "--per-step", "--json", path)
+    report = json.loads(path.read_text())
+    whole, last = exact_figures(earm, 10, spread(19, 6), own_energy)
+    few, many = report["joint"]
+    error = math.sqrt((many["log_z_upper"] - many["log_z_lower"]) / 6) / 2
+    assert many["perplexity_lower"] == pytest.approx(whole, rel=3 * error)
+    assert many["perplexity_upper"] == pytest.approx(whole, rel=3 * error)
+    assert abs(whole - report["base"]["perplexity"]) > 4 * error * whole, "too weak an energy to tell the two apart"
+    assert many["nll_upper"] - many["nll_lower"] < few["nll_upper"] - few["nll_lower"]
+    assert report["steps"][1]["lower"] == report["steps"][1]["upper"] == pytest.approx(last, rel=1e-5)
+    assert report["settings"]["energy"] == "earm last" and "first 10 tokens are given" in capsys.readouterr().out
+    run(earm.data, earm.base, *sizes, "--json", path)
+    assert json.loads(path.read_text())["base"] == report["base"]
 
 
 def test_a_translation_model_with_its_own_energies(tiny, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Translation models with an energy against every translation they can write."""
+"""Models with an energy against everything they can write."""
 from __future__ import annotations
 
 import math
@@ -6,12 +6,15 @@ import math
 import pytest
 import torch
 
-from fairseq_earm.evaluation.joint_models import TranslationJoint, chunk_sizes, network_energies, own_energies
+from fairseq_earm.evaluation.joint_models import (
+    LanguageJoint, TranslationJoint, chunk_sizes, network_energies, own_energies, own_language_energies,
+)
 from fairseq_earm.evaluation.residual import measure_sequence
 from fairseq_earm.models.energy_transformer import BidirectionalEnergyTransformer, EnergyTransformerBitConfig
 from fairseq_earm.sampling.ancestral import AncestralSampler
 from fairseq_earm.sampling.scoring import score_sequences
 from tests.oracles.residual import ListedJoint
+from tests.tiny_language import ADAPTIVE, TIED, enumerate_continuations, tiny_language_model
 from tests.tiny_model import enumerate_targets, tiny_batch, tiny_model
 
 LONGEST, TARGET, SOURCE = 3, (5, 4, 2), 1
@@ -65,6 +68,18 @@ def check(model, exact, item):
     assert abs(exact.log_z() + exact.energies[TARGET]) > 0.1, "the joint model should differ from its base"
 
 
+def test_a_model_with_an_adaptive_softmax_and_its_own_energies(item):
+    base = tiny_model(words=3, seed=3, **ADAPTIVE)
+    encoder_out = base.encoder(item["net_input"]["src_tokens"], src_lengths=item["net_input"]["src_lengths"])
+
+    def energy(x):
+        with torch.no_grad():
+            features = base.decoder(torch.tensor([[2, *x[:-1]]]), encoder_out=encoder_out)[0][:, -1]
+            return -base.decoder.adaptive_softmax.head(features).logsumexp(-1).item()
+
+    check(joint(base, own_energies(base)), listed(base, item, energy), item)
+
+
 def test_a_model_with_its_own_energies(base, item):
     check(joint(base, own_energies(base)), listed(base, item, lambda x: own_energy(base, item, x)), item)
 
@@ -87,6 +102,36 @@ def test_samples_depend_on_the_seed_alone_and_the_global_state_on_nothing(base, 
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0][:16], draws[0][16:32]), "each chunk draws its own samples"
     assert draws[0].shape == (40,)
+
+
+@pytest.mark.parametrize("head", [{}, TIED], ids=["one softmax", "adaptive"])
+def test_a_language_model_with_its_own_energies(head, monkeypatch):
+    """Energies, log Z and every step of P(x | prefix) ∝ q(x | prefix) exp(lse at the last step), padding never drawn."""
+    model = tiny_language_model(words=3, seed=11, **head)
+    prefix, continuation = (4, 5), (5, 2, 4)
+
+    def log_mu(x):
+        read = torch.tensor([[2, *prefix, *x[:-1]]])
+        with torch.no_grad():
+            output = model.decoder(read)
+            if not head:
+                return output[0][0, -1].logsumexp(-1).item()
+            return model.decoder.adaptive_softmax.head(output[0][:, -1]).logsumexp(-1).item()
+
+    log_probs = enumerate_continuations(model, torch.tensor(prefix), 3)
+    exact = ListedJoint(log_probs, {x: -log_mu(x) for x in log_probs})
+    monkeypatch.setattr("fairseq_earm.evaluation.joint_models.MAX_LOGITS", 700)  # a few rows at a time
+    joint = LanguageJoint(model, own_language_energies(model), 2, chunk=3000)
+    record = measure_sequence(joint, torch.tensor([*prefix, *continuation]), index=3, samples=[10, 6000], per_step=True)
+    assert math.fsum(record["base"]) == pytest.approx(exact.log_probs[continuation], abs=1e-5)
+    assert record["energy"] == pytest.approx(exact.energies[continuation], abs=1e-5)
+    assert record["log_z"][1] == pytest.approx([exact.log_z()] * 2, abs=0.05)
+    for step, bounds in enumerate(record["steps"], start=1):
+        wanted = exact.step_log_prob(continuation, step)
+        assert bounds == pytest.approx([wanted] * 2, abs=0.1 if step < 3 else 1e-5)
+    moved = [abs(bounds[0] - base) for bounds, base in zip(record["steps"], record["base"])]
+    assert max(moved) > 0.3, "the joint model should differ from its base"
+    assert record["steps"][2] == pytest.approx([record["base"][2]] * 2, abs=1e-5), "the last token has no part in its own normaliser"
 
 
 def test_translations_have_no_steps(base, item):

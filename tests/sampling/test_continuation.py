@@ -12,7 +12,7 @@ from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.continuation import ContinuationSampler, score_continuations
 from fairseq_earm.sampling.prefill import prefill
 from tests.sampling.test_samplers import chi_square
-from tests.tiny_language import enumerate_continuations, tiny_language_model
+from tests.tiny_language import TIED, enumerate_continuations, tiny_language_model
 
 PREFIXES = torch.tensor([[4, 5, 4], [5, 5, 2]])
 LENGTH = 2
@@ -23,8 +23,9 @@ def log_q_of(model, tokens, prefix_length):
     return score_continuations(model, tokens, prefix_length, pad=dictionary.pad(), eos=dictionary.eos())
 
 
-def test_distribution_and_log_q_are_those_of_the_enumeration():
-    model = tiny_language_model()
+@pytest.mark.parametrize("settings", [{}, {"words": 3, **TIED}], ids=["one softmax", "adaptive"])
+def test_distribution_and_log_q_are_those_of_the_enumeration(settings):
+    model = tiny_language_model(**settings)
     sampler = ContinuationSampler(model.decoder.dictionary, LENGTH)
     samples = sampler(model, PREFIXES, 4000, generator=torch.Generator().manual_seed(3))
     for row, prefix in enumerate(PREFIXES):

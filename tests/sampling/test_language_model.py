@@ -14,15 +14,10 @@ from fairseq_earm.sampling.language_model import LanguageModelFamily
 from fairseq_earm.sampling.scoring import full_logits
 from tests.criterions.stubs import Task, config
 from tests.sampling.test_samplers import chi_square
-from tests.tiny_language import enumerate_continuations, tiny_language_model
+from tests.tiny_language import ADAPTIVE, TIED, enumerate_continuations, tiny_language_model
 from tests.tiny_model import tiny_model
 
 PAD, EOS = 1, 2
-ADAPTIVE = {"adaptive_softmax_cutoff": "3,5", "adaptive_softmax_factor": 2.0, "adaptive_softmax_dropout": 0.0}
-TIED = {
-    **ADAPTIVE, "adaptive_input": True, "adaptive_input_cutoff": "3,5", "adaptive_input_factor": 2.0,
-    "tie_adaptive_weights": True, "tie_adaptive_proj": True,
-}
 HEADS = {"adaptive": ADAPTIVE, "adaptive input, untied": {**TIED, "tie_adaptive_weights": False}, "tied": TIED}
 # The third block is a short last one. The first two begin in the middle of a text, as blocks without break mode do.
 BLOCKS = [(5, (4, 4, 2, 5, 5)), (4, (5, 2, 4, 4, 5)), (2, (5, 4))]

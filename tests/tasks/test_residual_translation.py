@@ -96,6 +96,11 @@ def test_negatives_are_the_bases_translations(tiny):
     assert pairs == [(source, row[mask].tolist()) for source, row, mask in zip(sources, expected.tokens, expected.mask)]
 
 
+def test_a_base_may_have_an_adaptive_softmax(tiny, adaptive, tmp_path):
+    left = run(tiny, tmp_path, "--base-model", adaptive.folder / "checkpoint_last.pt", "--max-update", 2)
+    assert all(math.isfinite(entry["loss"]) for entry in left.log()) and len(left.log()) == 2
+
+
 def test_a_base_whose_probabilities_are_no_numbers_ends_it(tiny):
     task, batch = setting(tiny)
     task.base.model.decoder.layers[0].fc1.weight.data.fill_(math.nan)
