@@ -92,7 +92,10 @@ class TransformerXLDecoder(FairseqIncrementalDecoder):
     Attributes:
         carried: the memory lent to it, which passes read and leave; None: every segment stands for itself.
         mem_len: most hidden states that a pass leaves in it.
+        reads_prefixes: an incremental call reads all tokens that are new, see `sampling.prefill`.
     """
+
+    reads_prefixes = True
 
     def __init__(self, cfg: TransformerXLConfig, dictionary, embed_tokens: nn.Module):
         super().__init__(dictionary)
@@ -267,7 +270,7 @@ def _check(cfg, dictionary) -> None:
         raise UsageError(f"--mem-len {cfg.mem_len}: give 0, for no memory, or more")
     for flag, cutoff in (("softmax", cfg.adaptive_softmax_cutoff), ("input", cfg.adaptive_input_cutoff)):
         if cutoff is not None and max(utils.eval_str_list(cutoff, type=int)) > len(dictionary):
-            raise UsageError(f"--adaptive-{flag}-cutoff {cutoff}: the dictionary has {len(dictionary)} symbols; give smaller ones")
+            raise UsageError(f"--adaptive-{flag}-cutoff {cutoff}: the dictionary has {len(dictionary)} symbols; give less")
     if cfg.adaptive_input and cfg.adaptive_input_cutoff is None:
         raise UsageError("--adaptive-input: give --adaptive-input-cutoff as well")
     if cfg.adaptive_input and cfg.share_decoder_input_output_embed:

@@ -11,7 +11,8 @@ def prefill(decoder, prefixes: Tensor, cache: dict) -> None:
     """Fill `cache` as if the decoder had read `prefixes` token by token; call it without gradients.
 
     fairseq's decoders take one token a call once there is a cache. A transformer's cache is no more than the keys and
-    values of its self-attentions, and these come from one pass over all tokens; other decoders do read token by token.
+    values of its self-attentions, and these come from one pass over all tokens; a decoder that has `reads_prefixes` takes
+    all new tokens of a call; others do read token by token.
 
     Args:
         decoder: an incremental decoder without an encoder.
@@ -22,6 +23,9 @@ def prefill(decoder, prefixes: Tensor, cache: dict) -> None:
         return
     if _is_plain_transformer(decoder):
         _prefill_in_one_pass(decoder, prefixes, cache)
+        return
+    if getattr(decoder, "reads_prefixes", False):
+        decoder(prefixes, incremental_state=cache, features_only=True)
         return
     for end in range(1, prefixes.size(1) + 1):
         decoder(prefixes[:, :end], incremental_state=cache)

@@ -52,10 +52,14 @@ class TruncatedBptt:
     def build_model(self, *args, **kwargs):
         """The stock method; the model must have a memory to carry along."""
         model = super().build_model(*args, **kwargs)
+        kind = type(model).__name__
+        remembers = hasattr(getattr(model, "decoder", None), "carried")
         if not self.carries:
+            if remembers:
+                logger.warning("%s without --carry-memory: each block of text is read without those before it", kind)
             return model
-        if not hasattr(model.decoder, "carried"):
-            raise UsageError(f"--carry-memory: a {type(model).__name__} has no memory; give --arch transformer_xl_lm, or leave it out")
+        if not remembers:
+            raise UsageError(f"--carry-memory: a {kind} has no memory; give --arch transformer_xl_lm, or leave it out")
         model.decoder.carried = self.evaluation_memory
         return model
 
@@ -237,8 +241,8 @@ def _check_streams(streams: Optional[int], shards: int, blocks: int, max_tokens:
         raise UsageError("--carry-memory: give --batch-size, the number of streams of text that are read side by side")
     if streams * shards > blocks:
         raise UsageError(
-            f"--batch-size {streams}: the text has {blocks} blocks of --tokens-per-sample, too few for {streams * shards} streams; "
-            "give a smaller batch size, or shorter blocks"
+            f"--batch-size {streams}: the text has {blocks} blocks of --tokens-per-sample, too few for {streams * shards} "
+            "streams; give a smaller batch size, or shorter blocks"
         )
     if max_tokens is not None:
         logger.warning("--max-tokens %s: no effect with --carry-memory, which reads --batch-size streams", max_tokens)

@@ -12,6 +12,7 @@ from fairseq_earm.models.carried_memory import CarriedMemory
 from fairseq_earm.models.transformer_xl import TransformerXLConfig, TransformerXLLanguageModel
 from fairseq_earm.sampling.continuation import ContinuationSampler, score_continuations
 from fairseq_earm.sampling.isolation import isolated
+from fairseq_earm.sampling.prefill import prefill
 from tests.oracles import transformer_xl as oracle
 from tests.tiny_model import tiny_dictionary
 
@@ -118,7 +119,7 @@ def test_no_token_sees_a_later_one():
 
 
 def test_what_memory_reaches():
-    """A layer looks back at mem_len states, each of which has looked back at as many: the oldest token still counts, no gradient does."""
+    """A layer looks back at mem_len states, and these have looked back at as many: old tokens count, their gradient does not."""
     model = language_model(mem_len=2)
     first, second, third = batches(3, 2, 2)
     other = first.clone()
@@ -172,6 +173,18 @@ def test_a_prefix_may_be_read_at_once():
     for step in range(6):  # a caller that passes each token alone
         found = model.decoder(tokens[:, step : step + 1], incremental_state=cache)[0]
         torch.testing.assert_close(found[:, 0], whole[:, step], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_prefill_is_one_call(monkeypatch):
+    model, tokens = after_two_batches()
+    whole, cache, calls = model.decoder(tokens, memory=model.decoder.select_memory(torch.arange(3)))[0], {}, []
+    extract = model.decoder.extract_features
+    monkeypatch.setattr(model.decoder, "extract_features", lambda *args, **given: calls.append(1) or extract(*args, **given))
+    prefill(model.decoder, tokens[:, :5], cache)
+    assert len(calls) == 1
+    last = model.decoder(tokens, incremental_state=cache)[0]
+    torch.testing.assert_close(last[:, 0], whole[:, 5], rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def test_the_trainers_batches_continue_each_other(text, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(EarmLanguageModelingTask, "train_step", remembering)
-    xl_train(text, tmp_path, "--max-update", 2 * EPOCH, "--update-freq", 1)
+    xl_train(text, tmp_path, "--max-epoch", 2, "--update-freq", 2)
     assert len(read) == 2 * EPOCH
     epochs = read[:EPOCH], read[EPOCH:]
     for epoch in epochs:
@@ -200,7 +200,8 @@ def test_several_workers_have_streams_of_their_own(text):
         seen += [block for batch in ids for block in batch]
     assert sorted(seen) == list(range(8 * EPOCH))
     task.load_dataset("test")
-    one_each = [task.eval_lm_dataloader(task.dataset("test"), batch_size=3, num_shards=2, shard_id=shard) for shard in (0, 1)]
+    loading = {"batch_size": 3, "num_shards": 2, "num_workers": 0, "data_buffer_size": 0}
+    one_each = [task.eval_lm_dataloader(task.dataset("test"), shard_id=shard, **loading) for shard in (0, 1)]
     found = [[batch["id"].tolist() if batch else [] for batch in shard] for shard in one_each]
     assert sorted(block for shard in found for batch in shard for block in batch) == list(range(len(task.dataset("test"))))
     assert len(found[0]) == len(found[1]) == len(one_each[0])
@@ -282,6 +283,8 @@ def test_energy_training_resumes_exactly(text, tmp_path):
 def test_without_the_flag_all_is_as_ever(text, tmp_path):
     folders = [tmp_path / name for name in ("stock", "ours")]
     flags = ["--criterion", "cross_entropy", "--max-update", 3]
-    ours = train(text, folders[1], *TASK, *flags, arch=SMALL).checkpoint()
-    stock = train(text, folders[0], *TASK, "--task", "language_modeling", *flags, arch=SMALL).checkpoint()
-    assert same_state(ours, stock)
+    ours = train(text, folders[1], *TASK, *flags, arch=SMALL)
+    stock = train(text, folders[0], *TASK, "--task", "language_modeling", *flags, arch=SMALL)
+    assert same_state(ours.checkpoint(), stock.checkpoint())
+    said = [[line for line in run.warnings() if "without --carry-memory" in line] for run in (ours, stock)]
+    assert [len(lines) for lines in said] == [1, 0]
