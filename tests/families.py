@@ -21,7 +21,7 @@ class Family(NamedTuple):
     """A network in training mode, a batch, and an enumerator of what the network can say.
 
     Attributes:
-        model: float64, without dropout, its probabilities rounded.
+        model: float64, without dropout; its forward's probabilities are rounded, if wanted. Pixel models draw past it.
         sample: the batch.
         build: criterion's flags → `ModelFamily`.
         dictionary: the target's.
@@ -46,11 +46,12 @@ class Family(NamedTuple):
         return EarmCrossEntropyCriterion(task, config(**flags))
 
 
-def encoder_decoder() -> Family:
+def encoder_decoder(rounded: bool = True) -> Family:
     model = tiny_model(words=1)
     eos, pad = model.decoder.dictionary.eos(), model.decoder.dictionary.pad()
     tokens, parts, length = [eos, 3, 4], 4, 3
-    round_probabilities(model.decoder, tokens, parts)
+    if rounded:
+        round_probabilities(model.decoder, tokens, parts)
     net_input = tiny_batch(model, lengths=(3, 2, 4))
     data = [(4, 3, eos), (eos,), (3, eos)]
     target = torch.tensor([[*row, *[pad] * (length - len(row))] for row in data])
@@ -68,11 +69,12 @@ def encoder_decoder() -> Family:
     )
 
 
-def language_model(model=None, prefix_length: int = 1) -> Family:
+def language_model(model=None, prefix_length: int = 1, rounded: bool = True) -> Family:
     model = tiny_language_model(words=1) if model is None else model
     eos, pad = model.decoder.dictionary.eos(), model.decoder.dictionary.pad()
     tokens, parts, length = [eos, 3, 4], 4, 2
-    round_probabilities(model.decoder, tokens, parts)
+    if rounded:
+        round_probabilities(model.decoder, tokens, parts)
     blocks = torch.tensor([[4, 3, 3, eos, 4], [eos, 4, eos, 3, 3], [3, eos, 4, 4, 3]])
     net_input = {"src_tokens": blocks[:, :-1], "src_lengths": torch.full((3,), 4)}
     given = blocks[:, : prefix_length + 1].tolist()
@@ -89,7 +91,6 @@ def language_model(model=None, prefix_length: int = 1) -> Family:
 
 
 def images(name: str = "gated_pixel_cnn", rounded: bool = True) -> Family:
-    """Pixel models draw past their forward, which alone rounds: for exact draws leave the probabilities as they are."""
     model = tiny_pixel_model(name, shape=(2, 2, 1), levels=2)
     parts, length = 4, 4
     if rounded:

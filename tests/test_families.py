@@ -10,6 +10,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from scipy.stats import chi2
 
 from fairseq_earm.sampling.samples import Samples
+from fairseq_earm.sampling.scheduled import Predictions, scheduled_sampling
 from tests.criterions.stubs import Task
 from tests.families import FAMILIES
 from tests.oracles.tabular import exact_objective
@@ -109,3 +110,23 @@ def test_one_update_draws_the_same_negatives_whenever_it_is_done(family):
         found.append(criterion.family.draw(family.model, family.sample, 3))
         assert torch.equal(torch.rand(1), torch.manual_seed(7) and torch.rand(1))
     assert torch.equal(found[0].tokens, found[1].tokens)
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("name", ["encoder-decoder", "language model"])
+def test_under_scheduled_sampling_energies_stay_those_of_the_data(name, control):
+    family = FAMILIES[name](rounded=False)
+    criterion = family.criterion(earm_weight=0.5, earm_control=control)
+    samples = criterion.family.draw(family.model, family.sample, 3)
+    criterion.family.draw = lambda model, sample, negatives: samples
+    stock = LabelSmoothedCrossEntropyCriterion(Task(family.dictionary), False, 0.0)
+
+    def energies_part():
+        whole, cross_entropy = (c(family.model, family.sample)[0] for c in (criterion, stock))
+        return gradient(whole, family.model) - gradient(cross_entropy, family.model), cross_entropy.item()
+
+    teacher_forced, before = energies_part()
+    with scheduled_sampling(family.model, 0.0, Predictions("argmax")):
+        scheduled, after = energies_part()
+    assert before != after
+    assert (scheduled - teacher_forced).norm() < 1e-5 * teacher_forced.norm()

@@ -5,9 +5,10 @@ from fairseq.modules import LearnedPositionalEmbedding
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling import build_sampler
-from fairseq_earm.sampling.family import ModelFamily, Passes, end_of_sentence
+from fairseq_earm.sampling.family import ModelFamily, Passes, data_passes, end_of_sentence
 from fairseq_earm.sampling.joint_forward import forward_with_negatives
 from fairseq_earm.sampling.samples import Samples
+from fairseq_earm.sampling.scheduled import keep_teacher_forced
 from fairseq_earm.sampling.scoring import decoder_input, full_logits, start_tokens
 
 
@@ -42,7 +43,8 @@ class EncoderDecoderFamily(ModelFamily):
         return self.sampler(model, sample["net_input"], negatives, prefix)
 
     def forward(self, model, sample) -> Passes:
-        return _passes(model, model(**self._net_input(model, sample)))
+        with keep_teacher_forced():
+            return data_passes(model.decoder, model(**self._net_input(model, sample)))
 
     def forward_pair(self, model, sample, samples) -> Passes:
         starts = start_tokens(sample["net_input"], self.eos)[samples.sources]
@@ -52,8 +54,9 @@ class EncoderDecoderFamily(ModelFamily):
         def decode_negatives(encoder_out):
             return decoder(read, encoder_out=encoder.reorder_encoder_out(encoder_out, samples.sources))
 
-        output, negative = forward_with_negatives(model, self._net_input(model, sample), decode_negatives)
-        return _passes(model, output)._replace(negatives=full_logits(decoder, negative))
+        with keep_teacher_forced():
+            output, negative = forward_with_negatives(model, self._net_input(model, sample), decode_negatives)
+        return data_passes(decoder, output)._replace(negatives=full_logits(decoder, negative))
 
     def _net_input(self, model, sample) -> dict:
         if not self.post:
@@ -61,11 +64,6 @@ class EncoderDecoderFamily(ModelFamily):
         _check_positions(model.decoder, sample["target"].size(1) + 1)
         starts = start_tokens(sample["net_input"], self.eos)
         return {**sample["net_input"], "prev_output_tokens": decoder_input(sample["target"], starts, extra_step=True)}
-
-
-def _passes(model, output) -> Passes:
-    logits = full_logits(model.decoder, output)
-    return Passes(logits, logits)
 
 
 def _check_max_length(cfg, task) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.samples import Samples
+from fairseq_earm.sampling.scheduled import teacher_forced
+from fairseq_earm.sampling.scoring import full_logits
 
 
 class Passes(NamedTuple):
@@ -45,6 +47,12 @@ class ModelFamily:
     def contrasted(self, values: Tensor) -> Tensor:
         """Of (B, T) values at the data's steps those (B, T') that the negatives' steps are held against, in their order."""
         return values
+
+
+def data_passes(decoder, net_output: tuple) -> Passes:
+    """The data's logits in what a model returned, both kinds of them."""
+    logits = full_logits(decoder, net_output)
+    return Passes(logits, teacher_forced(net_output, logits))
 
 
 def end_of_sentence(dictionary) -> int:

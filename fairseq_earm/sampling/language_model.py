@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.continuation import ContinuationSampler
-from fairseq_earm.sampling.family import ModelFamily, Passes, end_of_sentence
+from fairseq_earm.sampling.family import ModelFamily, Passes, data_passes, end_of_sentence
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.joint_forward import forward_with_negatives
 from fairseq_earm.sampling.samples import Samples
+from fairseq_earm.sampling.scheduled import keep_teacher_forced
 from fairseq_earm.sampling.scoring import full_logits
 
 
@@ -60,7 +61,8 @@ class LanguageModelFamily(ModelFamily):
         return self._cut(samples, data)
 
     def forward(self, model, sample) -> Passes:
-        return _passes(model, model(**sample["net_input"]))
+        with keep_teacher_forced():
+            return data_passes(model.decoder, model(**sample["net_input"]))
 
     def forward_pair(self, model, sample, samples) -> Passes:
         read = torch.cat([self._prefixes(sample)[samples.sources], samples.tokens[:, :-1]], 1)
@@ -70,8 +72,9 @@ class LanguageModelFamily(ModelFamily):
             memory = {"memory": decoder.select_memory(samples.sources)} if hasattr(decoder, "select_memory") else {}
             return decoder(read, **memory)
 
-        output, negative = forward_with_negatives(model, sample["net_input"], decode_negatives)
-        return _passes(model, output)._replace(negatives=full_logits(decoder, negative)[:, self.prefix_length :])
+        with keep_teacher_forced():
+            output, negative = forward_with_negatives(model, sample["net_input"], decode_negatives)
+        return data_passes(decoder, output)._replace(negatives=full_logits(decoder, negative)[:, self.prefix_length :])
 
     def contrasted(self, values: Tensor) -> Tensor:
         window = values[:, self.window]
@@ -95,8 +98,3 @@ class LanguageModelFamily(ModelFamily):
             alive, truncated = data[samples.sources], samples.truncated
         tokens, log_q = samples.tokens.masked_fill(~alive, self.pad), samples.log_q.masked_fill(~alive, 0.0)
         return samples._replace(tokens=tokens, mask=alive, log_q=log_q, truncated=truncated)
-
-
-def _passes(model, output) -> Passes:
-    logits = full_logits(model.decoder, output)
-    return Passes(logits, logits)

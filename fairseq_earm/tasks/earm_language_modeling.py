@@ -7,11 +7,12 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.language_model import LanguageModelFamily
 from fairseq_earm.tasks.batching import ExactBatches
+from fairseq_earm.tasks.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
 from fairseq_earm.tasks.truncated_bptt import TruncatedBptt, TruncatedBpttConfig
 
 
 @dataclass
-class EarmLanguageModelingConfig(TruncatedBpttConfig, LanguageModelingConfig):
+class EarmLanguageModelingConfig(ScheduledSamplingConfig, TruncatedBpttConfig, LanguageModelingConfig):
     """What `--task earm_language_modeling` takes beside the flags of `language_modeling`."""
 
     earm_negative_length: int = field(
@@ -23,7 +24,7 @@ class EarmLanguageModelingConfig(TruncatedBpttConfig, LanguageModelingConfig):
 
 
 @register_task("earm_language_modeling", dataclass=EarmLanguageModelingConfig)
-class EarmLanguageModelingTask(TruncatedBptt, ExactBatches, LanguageModelingTask):
+class EarmLanguageModelingTask(ScheduledSampling, TruncatedBptt, ExactBatches, LanguageModelingTask):
     """fairseq's `language_modeling`; its flags, data and checkpoints are those.
 
     Raises:
