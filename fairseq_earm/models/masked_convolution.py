@@ -134,7 +134,7 @@ class ValueByValue:
     def by_colour(self, outputs: Tensor) -> List[Tensor]:
         """(W, B, outputs) → (W, B, outputs of that colour) for each colour."""
         parts = [self.convolution.of_colour(outputs.flatten(0, 1), colour) for colour in range(self.convolution.colours)]
-        return [part.unflatten(0, outputs.shape[:2]) for part in parts]
+        return [part.reshape(*outputs.shape[:2], -1) for part in parts]
 
     def next_row(self) -> None:
         """Begin a row."""

@@ -48,13 +48,15 @@ class ImageFamily(ModelFamily):
     """
 
     def __init__(self, cfg):
-        for given, flag, remedy in (
-            (cfg.earm_energy_steps == "post", "--earm-energy-steps post", "no step comes after an image's last value; use all or last"),
-            (cfg.ignore_prefix_size > 0, f"--ignore-prefix-size {cfg.ignore_prefix_size}", "no value of an image is given; leave it out"),
-            (cfg.earm_sampler != "ancestral", f"--earm-sampler {cfg.earm_sampler}", "images are drawn from the softmax itself; leave it out"),
-        ):
-            if given:
-                raise UsageError(f"{flag}: {remedy}")
+        problems = (
+            (cfg.earm_energy_steps == "post", "energy_steps", "no step comes after an image's last value; use all or last"),
+            (cfg.earm_sampler != "ancestral", "sampler", "images are drawn from the softmax itself; leave it out"),
+        )
+        for problem, name, remedy in problems:
+            if problem:
+                raise UsageError(f"--earm-{name.replace('_', '-')} {getattr(cfg, 'earm_' + name)}: {remedy}")
+        if cfg.ignore_prefix_size > 0:
+            raise UsageError(f"--ignore-prefix-size {cfg.ignore_prefix_size}: no value of an image is given; leave it out")
 
     def check(self, model) -> None:
         if not hasattr(getattr(model, "decoder", None), "stepwise"):

@@ -48,7 +48,8 @@ def test_branches_have_equal_updates_from_one_base(tmp_path):
 
 
 def write_results(folder, name, valid, test, dv=None):
-    lines = [f'2026 | INFO | {split} | {json.dumps({f"{split}_bits_per_dim": str(bits)})}\n' for split, bits in (("valid", valid), ("test", test))]
+    entries = {"valid": {"valid_bits_per_dim": str(valid)}, "test": {"test_bits_per_dim": str(test)}}
+    lines = [f"2026 | INFO | {split} | {json.dumps(entry)}\n" for split, entry in entries.items()]
     (folder / f"{name}.measure.log").write_text("".join([*lines, "finished\n"]))
     entry = {"epoch": 1, "train_loss": "1.0", **({} if dv is None else {"train_earm_dv": str(dv)})}
     (folder / f"{name}.log").write_text(f"2026 | INFO | train | {json.dumps(entry)}\nfinished\n")

@@ -108,7 +108,8 @@ def read_results(output: Path, branch: str) -> Dict[str, List[Result]]:
 
 def print_table(output: Path) -> None:
     """One row per branch at its best learning rate, mean and spread over the seeds that were run."""
-    print("| | learning rate | seeds | valid, bits per dimension | test, bits per dimension | DV bound, nats per value |\n|---|---|---|---|---|---|")
+    print("| | learning rate | seeds | valid, bits per dimension | test, bits per dimension | DV bound, nats per value |")
+    print("|---|---|---|---|---|---|")
     for branch, title in NAMES.items():
         rates = read_results(output, branch)
         if not rates:
