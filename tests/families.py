@@ -7,6 +7,8 @@ from typing import Callable, List, NamedTuple, Optional
 import torch
 
 from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
+from fairseq_earm.models.carried_memory import CarriedMemory
+from fairseq_earm.models.transformer_xl import TransformerXLConfig, TransformerXLLanguageModel
 from fairseq_earm.sampling.encoder_decoder import EncoderDecoderFamily
 from fairseq_earm.sampling.images import ImageFamily
 from fairseq_earm.sampling.language_model import LanguageModelFamily
@@ -14,7 +16,7 @@ from tests.criterions.stubs import Task, config
 from tests.oracles.network import Network, round_probabilities
 from tests.tiny_images import Levels, tiny_pixel_model
 from tests.tiny_language import tiny_language_model
-from tests.tiny_model import tiny_batch, tiny_model
+from tests.tiny_model import tiny_batch, tiny_dictionary, tiny_model
 
 
 class Family(NamedTuple):
@@ -80,7 +82,8 @@ def language_model(model=None, prefix_length: int = 1, rounded: bool = True) -> 
     given = blocks[:, : prefix_length + 1].tolist()
 
     def logits(source, prefix):
-        return model.decoder(torch.tensor([[*given[source], *prefix]]))[0][0, -1]
+        memory = {"memory": model.decoder.select_memory(torch.tensor([source]))} if hasattr(model.decoder, "select_memory") else {}
+        return model.decoder(torch.tensor([[*given[source], *prefix]]), **memory)[0][0, -1]
 
     data = [tuple(row[prefix_length + 1 :][:length]) for row in blocks.tolist()]
     return Family(
@@ -88,6 +91,30 @@ def language_model(model=None, prefix_length: int = 1, rounded: bool = True) -> 
         lambda cfg: LanguageModelFamily(model.decoder.dictionary, length, prefix_length=prefix_length),
         model.decoder.dictionary, Network(logits, tokens, length, 3), data, parts,
     )
+
+
+def transformer_xl(**flags) -> Family:
+    """A language model in the middle of a text: what came before is in its memory."""
+    model = tiny_transformer_xl()
+    memory = model.decoder.carried = CarriedMemory()
+    for step, earlier in enumerate(([[4, 3], [3, 3], [4, 2]], [[3, 4, 4], [2, 3, 4], [4, 4, 3]])):
+        memory.begin(torch.arange(3) * 10 + step)
+        model.decoder(torch.tensor(earlier))
+    memory.begin(torch.arange(3) * 10 + 2)
+    assert memory.read is not None
+    return language_model(model, **flags)
+
+
+def tiny_transformer_xl(words: int = 1) -> TransformerXLLanguageModel:
+    dictionary = tiny_dictionary(words)
+    sizes = {"decoder_layers": 2, "decoder_embed_dim": 8, "decoder_ffn_embed_dim": 12, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    model = TransformerXLLanguageModel.build_model(TransformerXLConfig(**sizes, dropout=0.0, mem_len=4), task)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.5)
+    return model.double()
 
 
 def images(name: str = "gated_pixel_cnn", rounded: bool = True) -> Family:
@@ -116,6 +143,6 @@ def _batch(net_input, target, pad) -> dict:
 
 
 FAMILIES = {
-    "encoder-decoder": encoder_decoder, "language model": language_model,
+    "encoder-decoder": encoder_decoder, "language model": language_model, "transformer_xl": transformer_xl,
     "pixel_cnn": lambda **flags: images("pixel_cnn", **flags), "gated_pixel_cnn": lambda **flags: images(**flags),
 }

@@ -113,7 +113,7 @@ def test_one_update_draws_the_same_negatives_whenever_it_is_done(family):
 
 
 @pytest.mark.parametrize("control", [False, True])
-@pytest.mark.parametrize("name", ["encoder-decoder", "language model"])
+@pytest.mark.parametrize("name", ["encoder-decoder", "language model", "transformer_xl"])
 def test_under_scheduled_sampling_energies_stay_those_of_the_data(name, control):
     family = FAMILIES[name](rounded=False)
     criterion = family.criterion(earm_weight=0.5, earm_control=control)
