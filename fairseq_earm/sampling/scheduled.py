@@ -2,7 +2,8 @@
 
 The first pass is teacher-forced. What it predicts at step k − 1 takes the place of the data's token as the input of
 step k with probability 1 − p, independently at each step (Bengio et al. 2015). The second pass reads this mixture, and
-what it says is what the criterion gets to see. Both passes are in the same mode: in training, both have dropout.
+what it says is what the criterion gets to see. Both have dropout, and drop the same units: they are passes of one
+network, and one and the same where nothing is replaced.
 """
 from __future__ import annotations
 
@@ -146,8 +147,8 @@ def scheduled_sampling(model, probability: float, predictions: Predictions, *, g
     """Have the data's pass of each forward of the model in training mode become two, as above.
 
     The first call of the decoder within a forward is the data's; those that follow (negatives) are left alone, and so
-    is everything outside the model's forward. The second pass draws the random numbers that a single one would have
-    drawn, the first has its own. At p = 1 there is one pass.
+    is everything outside the model's forward. Each pass takes the random numbers that a single one would have taken,
+    predictions have their own. At p = 1 there is one pass.
 
     Args:
         model: the model as the criterion gets it, wrapped or not.
@@ -197,11 +198,12 @@ class _TwoPasses:
                 "its first argument, so it is no decoder that goes on from them; leave the flag out"
             )
         tokens, *rest = args
+        # Also where nothing will be chosen: sharded workers wait for each other in every pass.
+        with torch.random.fork_rng(devices=[tokens.device] if tokens.device.type == "cuda" else []):
+            first = self._first_pass(tokens, *rest, **kwargs)
         with own_randomness(tokens, SALT):
             chosen = torch.rand(tokens.shape, device=tokens.device) >= self.probability
             places = (chosen & replaceable(tokens, self.pad, self.given)).nonzero(as_tuple=True)
-            # Also where nothing was chosen: sharded workers wait for each other in every pass.
-            first = self._first_pass(tokens, *rest, **kwargs)
             mixture = self._mixture(first, places)
         output = self._second_pass(mixture, tokens, *rest, **kwargs)
         return _with_teacher_forced(output, full_logits(self.decoder, first)) if _kept.get() else output

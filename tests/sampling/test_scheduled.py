@@ -200,9 +200,9 @@ def mixed_by_definition(model, net_input, topk, temperature, through):
 
 
 def gradients(model, loss):
-    """{name: gradient} of the parameters that have one."""
+    """{name: gradient} of the parameters that have one; passes may share an encoder's graph."""
     model.zero_grad()
-    loss.backward()
+    loss.backward(retain_graph=True)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -233,25 +233,25 @@ def test_embeddings_and_gradients_of_mixtures(family, topk, temperature, through
 
 @FAMILIES
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_second_pass_is_the_stock_one_to_the_bit(family, kind):
-    """Where nothing happens to be replaced: the first pass and the draws take none of its random numbers."""
+def test_where_nothing_is_replaced_both_passes_are_the_stock_one_to_the_bit(family, kind):
+    """They drop out the same, and the draws take none of its random numbers."""
     model, net_input = family(dropout=0.3)
     torch.manual_seed(3)
     stock = model(**net_input)[0]
     expected, state = gradients(model, loss_of(stock)), torch.get_rng_state()
-    for kept in (False, True):
-        torch.manual_seed(3)
-        with scheduled_sampling(model, ALMOST_ONE, Predictions(kind, topk=3)):
-            if kept:
-                with keep_teacher_forced():
-                    output = model(**net_input)
-                assert not torch.equal(output[1]["teacher_forced"], output[0])  # it has dropout of its own
-            else:
-                output = model(**net_input)
-        assert torch.equal(output[0], stock)
+    torch.manual_seed(3)
+    with scheduled_sampling(model, ALMOST_ONE, Predictions(kind, topk=3)):
+        plain = model(**net_input)[0]
         assert torch.equal(torch.get_rng_state(), state)
-        found = gradients(model, loss_of(output[0]))
+        torch.manual_seed(3)
+        with keep_teacher_forced():
+            logits, extra = model(**net_input)
+    assert torch.equal(torch.get_rng_state(), state)
+    for output in (plain, logits, extra["teacher_forced"]):
+        assert torch.equal(output, stock)
+        found = gradients(model, loss_of(output))
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert extra["teacher_forced"] is not logits
 
 
 def test_at_probability_one_there_is_one_pass():

@@ -39,12 +39,24 @@ def stock(tiny, tmp_path_factory):
     return checkpoint
 
 
-@pytest.mark.parametrize("criterion", CRITERIONS)
+ALWAYS = [*LINEAR, 10**12]  # from the second update on there are two passes, but p is 1 − 10⁻¹² and nothing is replaced
+
+
+@pytest.mark.parametrize("criterion", ["cross_entropy", "label_smoothed_cross_entropy"])
 @pytest.mark.parametrize("prediction", [[], SAMPLE, MIX], ids=["argmax", "sample", "topk-mix"])
 def test_training_is_stock_to_the_bit_where_all_is_teacher_forced(tiny, tmp_path, stock, criterion, prediction):
-    """From the second update on there are two passes, but the probability is 1 − 10⁻¹²."""
-    flags = [*CRITERIONS[criterion], *LINEAR, 10**12, *prediction]
-    assert same_state(train(tiny, tmp_path, *TASK, *flags).checkpoint(), stock(criterion))
+    run = train(tiny, tmp_path, *TASK, *CRITERIONS[criterion], *ALWAYS, *prediction)
+    assert same_state(run.checkpoint(), stock(criterion))
+
+
+@pytest.mark.parametrize("prediction", [[], THROUGH], ids=["argmax", "through"])
+def test_with_earm_but_for_the_order_of_sums_it_is_stock_too(tiny, tmp_path, prediction):
+    """Energies and cross-entropy then come from two passes that say the same."""
+    flags = [*TASK, *EARM, "--optimizer", "sgd", "--lr", 0.3]
+    one, two = (train(tiny, tmp_path / str(len(more)), *flags, *more) for more in ([], [*ALWAYS, *prediction]))
+    weights = [used_weights(run.checkpoint()["model"]) for run in (one, two)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-5) for name in weights[0])
+    assert [entry["earm_loss"] for entry in two.log()[1:]] == pytest.approx([entry["earm_loss"] for entry in one.log()[1:]], abs=2e-3)
 
 
 @pytest.mark.parametrize("criterion", CRITERIONS)
@@ -63,13 +75,14 @@ def test_the_gradient_through_the_first_pass_makes_a_difference(tiny, tmp_path):
 
 
 def test_the_schedule_starts_where_it_is_told_to(tiny, tmp_path, stock):
-    flags = [*SMOOTHED, *LINEAR, 2, "--scheduled-sampling-minimum-probability", 0.2, "--scheduled-sampling-start-update"]
-    early = train(tiny, tmp_path / "early", *TASK, *flags, 1, "--max-update", 5)
+    flags = [*LINEAR, 2, "--scheduled-sampling-minimum-probability", 0.2, "--scheduled-sampling-start-update"]
+    early = train(tiny, tmp_path / "early", *TASK, *SMOOTHED, *flags, 1, "--max-update", 5)
     assert [entry["teacher_forcing"] for entry in early.log()] == [1, 1, 0.6, 0.2, 0.2]
-    late = train(tiny, tmp_path / "late", "--task", "earm_translation", *flags, 3, "--max-epoch", 1)
+    late = train(tiny, tmp_path / "late", "--task", "earm_translation", *SMOOTHED, *flags, 3, "--max-epoch", 1)
     assert [entry["teacher_forcing"] for entry in late.log()[:5]] == [1, 1, 1, 1, 0.6]
-    until_start = train(tiny, tmp_path / "until", *TASK, *flags, 2)
-    assert same_state(until_start.checkpoint(), stock("label_smoothed_cross_entropy"))
+    for name, criterion in CRITERIONS.items():
+        until_start = train(tiny, tmp_path / name, *TASK, *flags, 2, *criterion)
+        assert same_state(until_start.checkpoint(), stock(name))
 
 
 @pytest.mark.parametrize("flags", [
