@@ -1,5 +1,6 @@
 """Scheduled sampling through `fairseq-train --task earm_translation`, with each criterion."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 
 from fairseq_earm.sampling.scheduled import Predictions, scheduled_sampling
 from fairseq_earm.tasks.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
+from tests import tiny_language
 from tests.criterions.stubs import NEGATIVES, FixedSampler, batch, build
 from tests.test_distributed import EPOCH, WORKERS, run_workers
 from tests.tiny_model import tiny_model
@@ -96,15 +98,43 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(tiny, tmp_path, flags):
     assert same_state(train(tiny, tmp_path / "stopped", *flags, "--max-update", 7).checkpoint(), whole)
 
 
+@pytest.mark.parametrize("prediction", [SAMPLE, THROUGH], ids=["sample", "through"])
+def test_language_models_too(text, tmp_path, prediction):
+    flags = ["--task", "earm_language_modeling", "--tokens-per-sample", 12, "--earm-negative-length", 6, "--max-update", 3]
+    where, arch = SimpleNamespace(data=text.data), tiny_language.ARCH
+    stock = train(where, tmp_path / "stock", *flags, *EARM, arch=arch)
+    found = train(where, tmp_path / "found", *flags, *EARM, *HALF, *prediction, arch=arch)
+    assert [entry["teacher_forcing"] for entry in found.log()] == [0.5] * 3
+    first, other = (run.log()[0]["loss"] for run in (stock, found))
+    assert first != other and all(torch.isfinite(weight).all() for weight in used_weights(found.checkpoint()["model"]).values())
+
+
+def train_on_two(tiny, folder, *flags):
+    """What two workers printed and left behind after an epoch of plain gradient descent, for whose end one has no batch."""
+    descent = ["--optimizer", "sgd", "--lr", 0.3, *EPOCH, *WORKERS, "--task", "earm_translation"]
+    printed = run_workers(folder, train_arguments(tiny, folder / "out", *HALF, *flags, *descent))
+    return printed, [torch.load(folder / f"{rank}.pt", weights_only=False)["weights"] for rank in (0, 1)]
+
+
 def test_workers_end_with_equal_weights(tiny, tmp_path):
-    """With E-ARM, a gradient through the first pass, and an update for which one worker has no batch."""
-    flags = [*EARM, *HALF, *THROUGH, "--optimizer", "sgd", "--lr", 0.3, "--ddp-backend", "legacy_ddp", *EPOCH, *WORKERS]
-    printed = run_workers(tmp_path, train_arguments(tiny, tmp_path / "out", *flags, "--task", "earm_translation"))
-    first, second = (used_weights(torch.load(tmp_path / f"{rank}.pt", weights_only=False)["weights"]) for rank in (0, 1))
+    """With E-ARM and a gradient through the first pass."""
+    printed, left = train_on_two(tiny, tmp_path, *EARM, *THROUGH, "--ddp-backend", "legacy_ddp")
+    first, second = map(used_weights, left)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(bool(torch.isfinite(weight).all()) for weight in first.values())
     entries = [json.loads(line[line.index("{"):]) for line in printed.splitlines() if "train_inner" in line and "{" in line]
     assert [entry["teacher_forcing"] for entry in entries] == ["0.5"] * 7
+
+
+@pytest.mark.parametrize("flags", [[*SMOOTHED, *SAMPLE], [*EARM, *MIX]], ids=["sample", "topk-mix, E-ARM"])
+def test_sharded_workers_learn_the_same(tiny, tmp_path, flags):
+    pytest.importorskip("fairscale", reason="--ddp-backend fully_sharded needs fairscale, which is not installed")
+    found = []
+    for backend in (["legacy_ddp"], ["fully_sharded", "--min-params-to-wrap", 1]):
+        (tmp_path / backend[0]).mkdir()
+        found.append(train_on_two(tiny, tmp_path / backend[0], *flags, "--ddp-backend", *backend)[1][0])
+    for name, weight in used_weights(found[0]).items():
+        assert torch.allclose(weight, found[1][name], rtol=0, atol=1e-5), name
 
 
 def test_validation_and_generation_are_the_stock_ones(tiny, tmp_path):
