@@ -146,6 +146,9 @@ def _check_sizes(path: str, cfg, model, trunk: Dict[str, Tensor], pretrained: Pr
     here, there = model.trunk.embed_tokens.embedding_dim, trunk[EMBEDDINGS].size(1)
     if here != there:
         _differ(path, "--decoder-input-dim", here, there)
+    here, there = model.trunk.layernorm_embedding is not None, "layernorm_embedding.weight" in trunk
+    if here != there:
+        _differ(path, "--layernorm-embedding", here, there)
     if POSITIONS in trunk:
         there = len(trunk[POSITIONS]) - model.pad - 1
         if there != cfg.max_positions:

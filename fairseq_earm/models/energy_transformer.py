@@ -190,6 +190,10 @@ class EnergyTransformerBitConfig(EnergyTransformerConfig):
     encoder_normalize_before: bool = field(
         default=False, metadata={"help": "layernorm before each block and none on embeddings, as in roberta_prenorm"}
     )
+    layernorm_embedding: bool = field(
+        default=False,
+        metadata={"help": "layernorm on embeddings all the same, as a roberta trained with --encoder-normalize-before has it"},
+    )
 
 
 @register_model("energy_transformer_bit", dataclass=EnergyTransformerBitConfig)
@@ -216,7 +220,7 @@ def _build_encoder(cfg, dictionary) -> TransformerEncoderBase:
     )
     config = TransformerConfig(
         encoder=sizes,
-        layernorm_embedding=not cfg.encoder_normalize_before,
+        layernorm_embedding=cfg.layernorm_embedding or not cfg.encoder_normalize_before,
         no_scale_embedding=True,
         max_source_positions=cfg.max_positions,
         **_common_settings(cfg),

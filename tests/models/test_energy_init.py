@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.models.energy_init import UNTRAINED
-from tests.models.commands import LANGUAGE_MODEL, train
+from tests.models.commands import LANGUAGE_MODEL, MASKED_LANGUAGE_MODEL, train
 from tests.models.networks import config, network, sequences
 
 BOTH = pytest.mark.parametrize("name", ["unit", "bit"])
@@ -43,6 +43,19 @@ def test_bit_reads_as_its_roberta_does(text):
     read = torch.cat([torch.full((2, 1), model.start), tokens], 1)
     states, real = model.states(tokens)
     torch.testing.assert_close(states[real], roberta(read, features_only=True)[0][real])
+
+
+@pytest.mark.parametrize("extra", [{}, {"layernorm_embedding": True}], ids=["roberta_prenorm", "--encoder-normalize-before"])
+def test_bit_reads_as_robertas_that_normalise_before(text, tmp_path, extra):
+    flags = ["--encoder-normalize-before"] if extra else ["--arch", "roberta_prenorm"]
+    mlm = train(text.data, tmp_path, *MASKED_LANGUAGE_MODEL, *flags, "--max-update", 2)
+    model, roberta = start("bit", text, mlm, encoder_normalize_before=True, **extra), pretrained(mlm)
+    tokens = sequences(6, 3)
+    read = torch.cat([torch.full((2, 1), model.start), tokens], 1)
+    states, real = model.states(tokens)
+    torch.testing.assert_close(states[real], roberta(read, features_only=True)[0][real])
+    if extra:
+        assert "--layernorm-embedding is False here and True in the checkpoint" in refused("bit", text, path=mlm, encoder_normalize_before=True)
 
 
 @BOTH

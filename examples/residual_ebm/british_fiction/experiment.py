@@ -52,7 +52,7 @@ ENERGY = [
     "--sequence-length", str(LENGTH), "--batch-size", "32", "--batch-size-valid", "32", "--dropout", "0.1", "--lr", "1e-3",
     "--warmup-updates", "100", "--total-num-update", "2000", "--max-update", "2000", *TRAINING,
 ]
-BIT = ["--arch", "bit_tiny", "--max-positions", "128", "--encoder-normalize-before"]
+BIT = ["--arch", "bit_tiny", "--max-positions", "128", "--encoder-normalize-before", "--layernorm-embedding"]
 # Each energy's flags, and the model that it starts from.
 ENERGIES = {"unit": (["--arch", "unit_tiny"], "balm"), "bit": (BIT, None), "bit-mlm": (BIT, "mlm")}
 EVERY_SEED = ("bit-mlm", "unit")  # and the base; all other models have the first seed alone
