@@ -82,8 +82,11 @@ def own_randomness(tokens: torch.Tensor, salt: int = 0):
 @contextmanager
 def isolated(model: nn.Module, src_tokens: torch.Tensor):
     """Run sampling code in a training step: `on_its_own`, without gradients, on `own_randomness`."""
-    with gathered(model), torch.no_grad(), on_its_own(model), own_randomness(src_tokens):
-        yield
+    try:
+        with gathered(model), torch.no_grad(), on_its_own(model), own_randomness(src_tokens):
+            yield
+    finally:
+        torch.clear_autocast_cache()  # older torch would train on the casts made here, which have no gradient
 
 
 def _rank() -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fairseq_earm.sampling.ancestral import AncestralSampler
-from fairseq_earm.sampling.isolation import gathered
+from fairseq_earm.sampling.isolation import gathered, isolated
 from fairseq_earm.sampling.search import GeneratorSampler
 from tests.tiny_model import tiny_batch, tiny_model
 
@@ -110,3 +110,14 @@ def test_a_failure_leaves_a_sharded_model_as_it_was():
             assert wrappers(model) == [model] and all(parameter.numel() > 0 for parameter in model.parameters())
             raise KeyError
     assert wrappers(model) == before and all(parameter.numel() == 0 for parameter in model.parameters())
+
+
+def test_mixed_precision_keeps_its_gradients():
+    model = tiny_model().float().train()
+    net_input = tiny_batch(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with isolated(model, net_input["src_tokens"]):
+            model.encoder(**net_input)
+        model.encoder(**net_input)["encoder_out"][0].float().sum().backward()
+    weights = [p for name, p in model.encoder.named_parameters() if "fc1.weight" in name or "q_proj.weight" in name]
+    assert weights and all(weight.grad is not None for weight in weights)
