@@ -253,18 +253,23 @@ def copy_checkpoints_whole() -> None:
 def train_adaptive_softmax_as_a_whole() -> None:
     """fairseq's log-probabilities of an adaptive softmax are made in place, which autograd refuses to differentiate.
 
-    Only `adaptive_loss`, which does without them, can train such a model; so could no criterion of probabilities.
+    Only `adaptive_loss`, which does without them, can train such a model; so could no criterion of probabilities. And
+    unlike those of any other softmax they stay in half precision, in which their sum over a vocabulary is infinite, and
+    label smoothing's 0 times it no number.
     """
     import torch
     from fairseq.modules import AdaptiveSoftmax
 
+    from fairseq_earm.ebm.energy import widen
+
     def replace(original):
         def get_log_prob(self, input, target):
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() and input.dtype in (torch.float32, torch.float64):
                 return original(self, input, target)
             steps = input.contiguous().view(-1, input.size(-1))
-            head, shortlist = self.lsm(self.head(steps)), self.cutoff[0]
-            clusters = [self.lsm(tail(steps)) + head[:, shortlist + number, None] for number, tail in enumerate(self.tail)]
+            head, *tails = (self.lsm(widen(part(steps))) for part in (self.head, *self.tail))
+            shortlist = self.cutoff[0]
+            clusters = [tail + head[:, shortlist + number, None] for number, tail in enumerate(tails)]
             return torch.cat([head[:, :shortlist], *clusters], 1).view(input.size(0), input.size(1), -1)
 
         return get_log_prob

@@ -92,6 +92,17 @@ def test_an_adaptive_softmax_has_log_probabilities_with_a_gradient(target):
         assert torch.allclose(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_adaptive_softmax_in_half_precision_has_a_finite_loss(grad):
+    """20,000 words have log-probabilities that add up to more than float16 can hold."""
+    torch.manual_seed(1)
+    softmax = AdaptiveSoftmax(20000, 8, [200, 2000], dropout=0.0, factor=2.0).to(torch.bfloat16)
+    with torch.set_grad_enabled(grad):
+        log_probs = softmax.get_log_prob(torch.randn(1, 3, 8).to(torch.bfloat16), None)
+    assert log_probs.dtype == torch.float32
+    assert log_probs.sum().abs() > 65504 and torch.allclose(log_probs.logsumexp(-1), torch.zeros(1, 3), atol=1e-4)
+
+
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
 def test_arrays_written_by_either_numpy_load(module):
     file = io.BytesIO()
