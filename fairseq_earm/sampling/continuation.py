@@ -51,7 +51,9 @@ class ContinuationSampler:
         Raises:
             UsageError: probabilities that are no numbers, as half precision or a diverged training leave them.
         """
-        return self.go_on(model, decoder_input(prefixes, self.eos, extra_step=True), samples, generator=generator)
+        drawn = self.go_on(model, decoder_input(prefixes, self.eos, extra_step=True), samples, generator=generator)
+        finite_log_q(drawn.log_q)
+        return drawn
 
     @torch.no_grad()
     def go_on(
@@ -59,6 +61,9 @@ class ContinuationSampler:
         generator: Optional[torch.Generator] = None,
     ) -> Samples:
         """As `__call__`, from all that the decoder reads before the first drawn token.
+
+        Nothing is refused: a model in training that is no longer finite has a loss that is not either, which is dealt
+        with on all workers alike.
 
         Args:
             read: (B, 1 + P) tokens without padding, the decoder's first input included.
@@ -81,7 +86,7 @@ class ContinuationSampler:
         tokens = read[:, read.size(1) - length :]
         everywhere = torch.ones_like(tokens, dtype=torch.bool)
         truncated = torch.zeros_like(sources, dtype=torch.bool)
-        return Samples(tokens, everywhere, finite_log_q(torch.stack(log_q, 1)), truncated, sources)
+        return Samples(tokens, everywhere, torch.stack(log_q, 1), truncated, sources)
 
     def _next_logits(self, model, read: Tensor, cache: dict) -> Tensor:
         return widen(full_logits(model.decoder, model.decoder(read, incremental_state=cache))[:, -1])

@@ -173,6 +173,15 @@ def test_a_batch_that_ends_before_its_negatives_begin_is_cross_entropy(flags):
     assert all(math.isfinite(float(value)) for value in log.values()) and log["earm_loss"] == 0
 
 
+def test_a_model_that_is_no_longer_finite_has_a_loss_that_shows_it():
+    """Ending the command here would leave other workers waiting, and half precision could not lower its loss scale."""
+    model = tiny_language_model().train()
+    with torch.no_grad():
+        next(model.decoder.layers[0].parameters()).fill_(math.nan)
+    loss = EarmCrossEntropyCriterion(FamilyTask(model, 3), config())(model, batch())[0]
+    assert loss.isnan()
+
+
 def test_batches_that_are_filled_up_with_padding_are_taken():
     """As --pad-to-fixed-bsz does it: a row of nothing."""
     model, filled = tiny_language_model(), batch([*BLOCKS, (PAD, (PAD,))])
