@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from typing import Optional
 
 import torch
 from fairseq.data import Dictionary
@@ -38,6 +39,12 @@ def text_task(dictionary: Dictionary, data: str) -> argparse.Namespace:
     return argparse.Namespace(
         source_dictionary=dictionary, target_dictionary=dictionary, args=argparse.Namespace(data=data)
     )
+
+
+def check_json(path: Optional[str]) -> None:
+    """Refuse, before any work, a --json that cannot be written for want of a folder."""
+    if path and not os.path.isdir(os.path.dirname(path) or "."):
+        raise UsageError(f"--json {path}: there is no such folder; create it first")
 
 
 def write_json(path: str, report: dict, flag: str = "--json") -> None:

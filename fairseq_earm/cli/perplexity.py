@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from itertools import chain
 from typing import Iterable, List, Optional, Sequence
 
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import device, write_json
+from fairseq_earm.cli.common import check_json, device, write_json
 from fairseq_earm.cli.joint_setup import Measured, numbers, open_measured
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
@@ -87,14 +86,15 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
     if args.max_len_a < 0 or args.max_len_b < 0:
         raise UsageError(f"--max-len-a {args.max_len_a:g} --max-len-b {args.max_len_b}: give 0 or more")
+    if args.energy_step == "post" and not args.energy:
+        raise UsageError("--energy-step post: only a model's own energies have it; give --energy earm, or leave it out")
     with_energy = bool(args.energy or args.energy_path)
     if args.samples and not with_energy:
-        raise UsageError("--samples is for a normaliser, which a base model alone does not need: give --energy-path, or leave it out")
+        raise UsageError("--samples is for a normaliser, which a base model alone does not need: give an energy, or leave it out")
     args.samples = sorted({*chain(*args.samples or [[DEFAULT_SAMPLES]])}) if with_energy else []
     if args.samples and args.samples[0] < 2:
         raise UsageError(f"--samples {args.samples[0]}: the upper estimate leaves one out, so give 2 or more, {DEFAULT_SAMPLES} as a rule")
-    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
-        raise UsageError(f"--json {args.json}: there is no such folder; create it first")
+    check_json(args.json)
 
 
 def _settings(args: argparse.Namespace, measured: Measured) -> dict:

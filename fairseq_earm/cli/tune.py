@@ -12,7 +12,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import write_json
+from fairseq_earm.cli.common import check_json, write_json
 from fairseq_earm.cli.nbest import NBest, read_nbest
 from fairseq_earm.errors import UsageError
 
@@ -166,6 +166,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = _parser().parse_args(argv)
     if args.resamples < 1:
         raise UsageError(f"--resamples {args.resamples} gives no interval: give 1 or more, 1000 as a rule")
+    check_json(args.json)
     nbest = read_nbest(args.nbest, weight=args.generated_energy_weight, lenpen=args.generated_lenpen)
     settings = tune(
         nbest, args.energy_weight, args.lenpen, tokenizer=args.sacrebleu_tokenize, resamples=args.resamples, seed=args.seed

@@ -183,6 +183,7 @@ def test_bad_input_is_one_clear_line(residual, text, tiny, tmp_path, capsys):
     assert "--samples 1:" in refused(capsys, *joint, "--samples", 1, 10)
     assert "--samples is for a normaliser" in refused(capsys, *alone, "--samples", 10)
     assert "--energy-step post: text has no last step" in refused(capsys, *alone, "--energy", "earm", "--energy-step", "post")
+    assert "--energy-step post: only a model's own" in refused(capsys, *joint, "--energy-step", "post")
     assert "--prefix-length is missing" in refused(capsys, text.data, text.base, "--energy", "earm")
     assert "--batch-size 0" in refused(capsys, *alone, "--batch-size", 0)
     assert "--max-sequences 0" in refused(capsys, *alone, "--max-sequences", 0)

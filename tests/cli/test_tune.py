@@ -195,7 +195,10 @@ def test_scores_without_energy_are_refused(tiny, tmp_path):
 def test_bad_arguments(tmp_path, capsys):
     path = write(tmp_path, LOG + SMALL)
     assert "--resamples 0" in error([path, "--resamples", "0"])
-    assert "cannot be written" in error([path, "--json", str(tmp_path / "absent" / "report.json")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fairseq_earm.cli.tune.read_nbest", None)
+        assert "there is no such folder" in error([path, "--json", str(tmp_path / "absent" / "report.json")])
+    assert "cannot be written" in error([path, "--lenpen", "1", "--json", str(tmp_path)])
     for flag, value in (("--energy-weight", "-1"), ("--energy-weight", "nan"), ("--lenpen", "inf"), ("--sacrebleu-tokenize", "x")):
         with pytest.raises(SystemExit) as raised:
             main([path, f"{flag}={value}"])
