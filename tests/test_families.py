@@ -9,6 +9,7 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from scipy.stats import chi2
 
+from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import Predictions, scheduled_sampling
 from tests.criterions.stubs import Task
@@ -100,6 +101,14 @@ def test_where_earm_is_off_it_is_the_stock_criterion(family, off):
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12) and size == expected_size
         assert log["ntokens"] == expected_log["ntokens"]
         assert torch.allclose(gradient(loss, family.model), gradient(expected_loss, family.model), rtol=1e-10, atol=1e-12)
+
+
+def test_flags_without_effect_are_refused(family):
+    if "post" in family.steps:
+        assert family.criterion(earm_max_len_b=3).family.sampler.max_len_b == 3
+    else:
+        with pytest.raises(UsageError, match="--earm-max-len-b 3: no effect"):
+            family.criterion(earm_max_len_b=3)
 
 
 def test_one_update_draws_the_same_negatives_whenever_it_is_done(family):

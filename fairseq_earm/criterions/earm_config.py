@@ -86,6 +86,20 @@ def check_config(cfg) -> None:
             raise UsageError(f"{flag} {value}: {remedy}")
 
 
+def check_effect(cfg, without_effect) -> None:
+    """Refuse flags that were given and mean nothing for the task's kind of model.
+
+    Args:
+        without_effect: their names in `cfg`.
+    Raises:
+        UsageError: the first of them.
+    """
+    for name in without_effect:
+        if getattr(cfg, name) != EarmCrossEntropyConfig.__dataclass_fields__[name].default:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(cfg, name)}: no effect on the negatives of this task's models; leave it out")
+
+
 def _problems(cfg):
     """Pairs of a condition that must not hold and what to say of it: (condition, flag, remedy)."""
     truncates = cfg.earm_sampling_topk != -1 or cfg.earm_sampling_topp != -1 or cfg.earm_sampling_temperature != 1

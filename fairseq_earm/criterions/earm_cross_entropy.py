@@ -8,7 +8,7 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.logging import metrics
 
-from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config
+from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config, check_effect
 from fairseq_earm.criterions.earm_log import earm_values, log_entries, reduce_earm_metrics
 from fairseq_earm.criterions.training_clock import EarmSchedule, NonfiniteGuard, TrainingClock
 from fairseq_earm.ebm.earm import earm_loss, nll_terms
@@ -33,6 +33,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         self.cfg = cfg
         build_family = getattr(task, "build_model_family", None)
         self.family = EncoderDecoderFamily(cfg, task) if build_family is None else build_family(cfg)
+        check_effect(cfg, self.family.without_effect)
         self.post = cfg.earm_energy_steps == "post"
         self.state = MeterState()
         restore_state_at_epoch_ends()

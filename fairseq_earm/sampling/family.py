@@ -27,7 +27,13 @@ class Passes(NamedTuple):
 
 
 class ModelFamily:
-    """One kind of model. `earm_cross_entropy` asks the task for it: `task.build_model_family(cfg)`, `cfg` its own flags."""
+    """One kind of model. `earm_cross_entropy` asks the task for it: `task.build_model_family(cfg)`, `cfg` its own flags.
+
+    Attributes:
+        without_effect: those of the criterion's flags, by their names in `cfg`, that mean nothing for this kind of model.
+    """
+
+    without_effect: tuple = ()
 
     def check(self, model) -> None:
         """Refuse, with a UsageError, a model that E-ARM cannot be computed for."""

@@ -42,10 +42,12 @@ class ImageFamily(ModelFamily):
     """Negatives are images of the model's own, no given part of the data's in them; every value is a step.
 
     Args:
-        cfg: the criterion's flags; those of lengths have no effect, all images being of one size.
+        cfg: the criterion's flags.
     Raises:
         UsageError: flags that images have no use for.
     """
+
+    without_effect = ("earm_max_len_a", "earm_max_len_b")  # all images are of one size
 
     def __init__(self, cfg):
         problems = (

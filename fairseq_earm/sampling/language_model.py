@@ -31,6 +31,8 @@ class LanguageModelFamily(ModelFamily):
         UsageError: no end-of-sentence in the dictionary.
     """
 
+    without_effect = ("earm_max_len_a", "earm_max_len_b")
+
     def __init__(self, dictionary, length: int, *, prefix_length: int = 0, sentences: bool = False):
         self.pad = dictionary.pad()
         self.eos = end_of_sentence(dictionary)
