@@ -275,6 +275,14 @@ def _check(cfg, dictionary) -> None:
         raise UsageError("--adaptive-input: give --adaptive-input-cutoff as well")
     if cfg.adaptive_input and cfg.share_decoder_input_output_embed:
         raise UsageError("--share-decoder-input-output-embed: adaptive inputs are shared by --tie-adaptive-weights; give that")
+    if cfg.adaptive_softmax_cutoff is not None and cfg.share_decoder_input_output_embed:
+        raise UsageError(
+            "--share-decoder-input-output-embed: an adaptive softmax is shared by --adaptive-input --tie-adaptive-weights; give those"
+        )
+    for given, needs in (("adaptive_input_cutoff", "adaptive_input"), ("tie_adaptive_proj", "tie_adaptive_weights")):
+        if getattr(cfg, given) and not getattr(cfg, needs):
+            flag, other = (f"--{name.replace('_', '-')}" for name in (given, needs))
+            raise UsageError(f"{flag}: no effect without {other}; give both, or neither")
     same = cfg.adaptive_input_cutoff == cfg.adaptive_softmax_cutoff and cfg.adaptive_input_factor == cfg.adaptive_softmax_factor
     if cfg.tie_adaptive_weights and not (cfg.adaptive_input and same):
         raise UsageError(
