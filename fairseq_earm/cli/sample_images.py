@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import math
 import os
 import pickle
@@ -27,7 +28,7 @@ def wants_images(argv: Sequence[str]) -> bool:
     """Whether the command's --output is a PNG file, not the folder of a text model's samples."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--output", default="")
-    return parser.parse_known_args(argv)[0].output.endswith(ENDING)
+    return parser.parse_known_args(argv)[0].output.lower().endswith(ENDING)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,6 +68,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     folder = os.path.dirname(args.output) or "."
     if not os.path.isdir(folder):
         raise UsageError(f"--output {args.output}: there is no folder {folder}; make it, or give another")
+    if os.path.isdir(args.output) or not os.access(args.output if os.path.exists(args.output) else folder, os.W_OK):
+        raise UsageError(f"--output {args.output} cannot be written; give another")
 
 
 def _decoder(path: str):
@@ -97,7 +100,10 @@ def _draw(args: argparse.Namespace, decoder) -> tuple:
     drawn = []
     with tqdm(desc=args.output, total=args.samples * decoder.max_positions(), unit=" values", disable=None) as bar:
         for count in batches:
-            drawn.append(draw_images(decoder, count, generator=generator, progress=_advance(bar, count)))
+            try:
+                drawn.append(draw_images(decoder, count, generator=generator, progress=_advance(bar, count)))
+            except torch.cuda.OutOfMemoryError:
+                raise UsageError(f"--batch-size {args.batch_size}: so many images do not fit on the GPU; give fewer") from None
     return tuple(torch.cat(parts).cpu() for parts in zip(*drawn))
 
 
@@ -123,9 +129,13 @@ def image_grid(values: Tensor, decoder, columns: int) -> np.ndarray:
 
 
 def _write(grid: np.ndarray, path: str) -> None:
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq has everything logged
     from matplotlib import image
 
-    image.imsave(path, grid)
+    try:
+        image.imsave(path, grid)
+    except OSError as error:
+        raise UsageError(f"--output {path} cannot be written: {error.strerror or error}") from None
 
 
 def _size(decoder) -> str:

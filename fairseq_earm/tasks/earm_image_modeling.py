@@ -1,4 +1,5 @@
 """Task `earm_image_modeling`: autoregressive models of images, in bits per dimension."""
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Optional
@@ -71,7 +72,10 @@ class EarmImageModelingTask(ExactBatches, FairseqTask):
         images = load_images(cfg.data, Preparation(*(getattr(cfg, name) for name in Preparation._fields)))
         shape = images["train"].shape[1:]
         if said and said != shape:
-            raise UsageError(f"--image-shape {cfg.image_shape}: {cfg.data} has images of {format_shape(shape)}; leave it out")
+            raise UsageError(
+                f"--image-shape {cfg.image_shape} (a checkpoint brings its own): {cfg.data} has images of {format_shape(shape)}; give "
+                "images of that shape, or leave the flag out"
+            )
         _remember(cfg, format_shape(shape))
         return cls(cfg, shape, images)
 
@@ -90,6 +94,17 @@ class EarmImageModelingTask(ExactBatches, FairseqTask):
         if split not in self.images:
             raise UsageError(f"split {split}: images have the splits {', '.join(self.images)}; give one of them")
         self.datasets[split] = ImageDataset(self.images[split], shuffle=split == self.cfg.train_subset)
+
+    def get_batch_iterator(self, dataset, max_tokens=None, *args, **kwargs):
+        """The stock method.
+
+        Raises:
+            UsageError: batches too small for one image, which fairseq would leave out, all of them.
+        """
+        values = math.prod(self.image_shape)
+        if max_tokens is not None and max_tokens < values:
+            raise UsageError(f"--max-tokens {max_tokens}: an image has {values} values; give at least so many, or --batch-size")
+        return super().get_batch_iterator(dataset, max_tokens, *args, **kwargs)
 
     def build_model(self, cfg, *args, **kwargs):
         """The stock method; it must be a model that does not see the value that it predicts."""

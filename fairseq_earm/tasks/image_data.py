@@ -55,6 +55,8 @@ def load_images(path: str, preparation: Preparation) -> Dict[str, np.ndarray]:
     """
     _check(preparation)
     images = _with_all_splits(read_image_files(path), preparation, path)
+    if preparation.train_images > len(images["train"]):
+        logger.warning("--train-images %d: %s has %d, all are taken", preparation.train_images, path, len(images["train"]))
     if preparation.train_images:
         images["train"] = images["train"][: preparation.train_images]
     shapes = {split: array.shape[1:] for split, array in images.items()}

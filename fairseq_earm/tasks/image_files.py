@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from typing import Dict, List
 
 import numpy as np
@@ -59,7 +60,7 @@ def _read(path: str) -> bytes:
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             return file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read ({error}); get it again") from error
 
 
@@ -118,7 +119,8 @@ def _read_npz(path: str) -> Dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*SPLITS, "x") if name in file.files}
             names = ", ".join(file.files)
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    # The next to last: numpy reads a single array's file under any name.
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError, AttributeError, zlib.error) as error:
         raise UsageError(f"{path}: no file of numpy.savez ({str(error).splitlines()[0]})") from error
     if "x" in arrays and "train" not in arrays:
         arrays = {"train": arrays["x"]}

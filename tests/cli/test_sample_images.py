@@ -5,7 +5,7 @@ import torch
 from fairseq import checkpoint_utils
 from matplotlib import image
 
-from fairseq_earm.cli import sample
+from fairseq_earm.cli import sample, sample_images
 from fairseq_earm.cli.sample_images import image_grid
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.images import draw_images
@@ -75,10 +75,35 @@ def test_mistakes(pictures, text, tmp_path):
     assert "no checkpoint of fairseq-train" in refused("--path", tmp_path / "text.pt", *png)
     assert "is a model of task language_modeling: a PNG takes one of earm_image_modeling" in refused("--path", text.base, *png)
     assert "--samples 0: give at least 1" in refused("--path", pictures.base, *png, "--samples", 0)
+    (tmp_path / "folder.png").mkdir()
+    assert "folder.png cannot be written; give another" in refused("--path", pictures.base, "--output", tmp_path / "folder.png")
     assert "there is no folder" in refused("--path", pictures.base, "--output", tmp_path / "no" / "grid.png")
     assert not (tmp_path / "grid.png").exists()
     folder = ["--output", tmp_path / "samples", "--gen-subset", "valid", "--prefix-length", 4, "--sequence-length", 8]
     assert "none of it in this folder" in refused(text.data, "--path", pictures.base, *folder, "--cpu")
+
+
+def test_a_picture_that_cannot_be_written_after_all(pictures, tmp_path, monkeypatch):
+    def full(path, grid):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(image, "imsave", full)
+    message = refused("--path", pictures.base, "--output", tmp_path / "grid.png", "--samples", 1, "--cpu")
+    assert message.endswith("grid.png cannot be written: No space left on device")
+
+
+def test_more_images_than_fit_on_the_gpu(pictures, tmp_path, monkeypatch):
+    def too_many(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sample_images, "draw_images", too_many)
+    message = refused("--path", pictures.base, "--output", tmp_path / "grid.png", "--batch-size", 9, "--cpu")
+    assert "--batch-size 9: so many images do not fit on the GPU" in message
+
+
+def test_an_ending_in_capitals_is_a_picture_too(pictures, tmp_path):
+    run("--path", pictures.base, "--output", tmp_path / "GRID.PNG", "--samples", 1, "--cpu")
+    assert pixels(tmp_path / "GRID.PNG").shape == (6, 41, 3)
 
 
 def test_probabilities_that_are_no_numbers_make_no_picture(pictures, tmp_path):

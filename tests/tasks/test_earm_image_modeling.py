@@ -67,8 +67,6 @@ def test_evaluation_keeps_every_image(pictures, tmp_path):
     assert float(json.loads(line)["test_bits_per_dim"]) == pytest.approx(-log_q.mean().item() / math.log(2), abs=1e-4)
 
 
-
-
 def loaded(path, **overrides):
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides=overrides)
     return models[0].eval(), task
@@ -152,6 +150,7 @@ def test_mistakes_are_said_before_any_training(pictures, tmp_path):
     assert "--arch transformer_lm is no model of images" in refused(run, *start, arch=["--arch", "transformer_lm"])
     assert "--arch transformer is no model of images" in refused(run, *start, arch=["--arch", "transformer"])
     assert "--earm-energy-steps post" in refused(run, *start[:2], *EARM, "--earm-energy-steps", "post")
+    assert "--max-tokens 15: an image has 16 values" in refused(run, *start, "--max-tokens", 15)
     assert not list((tmp_path / "out").glob("*.pt"))
 
 

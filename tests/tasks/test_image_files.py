@@ -1,5 +1,6 @@
 """Reading images in each of the formats, and one line about whatever is wrong with them."""
 import gzip
+import os
 import pickle
 import struct
 
@@ -66,10 +67,25 @@ def test_cifar10(tmp_path, ending):
     assert np.array_equal(found["train"], train) and np.array_equal(found["test"], test)
 
 
-def test_a_batch_that_holds_more_than_arrays_is_not_run(tmp_path, capsys):
+class RunsWhenRead:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_batch_that_holds_more_than_arrays_is_not_run(tmp_path):
     cifar_batches(tmp_path, "")
-    (tmp_path / "data_batch_1").write_bytes(pickle.dumps({"data": print}))
+    made = tmp_path / "made"
+    content = pickle.dumps({"data": RunsWhenRead(made)}, protocol=2)
+    (tmp_path / "data_batch_1").write_bytes(content)
     assert "data_batch_1: no batch of CIFAR-10" in refused(read_image_files, str(tmp_path))
+    assert not made.exists()
+    pickle.loads(content)
+    assert made.exists()
 
 
 def test_npz_by_file_or_folder(tmp_path):
@@ -94,6 +110,9 @@ def test_files_that_will_not_do(tmp_path):
     assert "has the arrays pictures: it needs train" in refused(read_image_files, path)
     (tmp_path / "a.npz").write_bytes(b"no archive")
     assert "no file of numpy.savez" in refused(read_image_files, path)
+    with open(tmp_path / "a.npz", "wb") as file:
+        np.save(file, some(3, 2, 2))
+    assert "no file of numpy.savez" in refused(read_image_files, path)
     np.savez(tmp_path / "b.npz", train=some(3, 2, 2))
     assert "2 .npz files" in refused(read_image_files, path)
 
@@ -109,6 +128,10 @@ def test_broken_idx_files(tmp_path):
     assert "has no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz" in refused(read_image_files, str(tmp_path))
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
     assert "cannot be read" in refused(read_image_files, str(tmp_path))
+    damaged = bytearray(gzip.compress(some(1, 1000).tobytes()))
+    damaged[10] |= 0b110  # a kind of block that there is not
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(bytes(damaged))
+    assert "cannot be read (Error -3 while decompressing" in refused(read_image_files, str(tmp_path))
 
 
 def write_x(folder, count=40):
@@ -125,6 +148,13 @@ def test_splits_are_taken_off_the_end(tmp_path):
     found = load_images(str(tmp_path), Preparation(train_images=5, valid_images=10, test_images=3))
     assert np.array_equal(found["train"], images[:5]) and np.array_equal(found["valid"], images[27:37])
     assert "--valid-images 40" in refused(load_images, str(tmp_path), Preparation(valid_images=40))
+
+
+def test_more_training_images_than_there_are(tmp_path, caplog):
+    write_x(tmp_path)
+    assert len(load_images(str(tmp_path), Preparation(train_images=32))["train"]) == 32 and not caplog.text
+    assert len(load_images(str(tmp_path), Preparation(train_images=33))["train"]) == 32
+    assert "--train-images 33" in caplog.text and "has 32, all are taken" in caplog.text
 
 
 def test_a_split_of_the_files_own_is_kept(tmp_path, caplog):
