@@ -14,7 +14,8 @@ from fairseq_earm.models.energy_transformer import EnergyModel
 from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.tasks import negatives
 from fairseq_earm.tasks.residual_language_modeling import ResidualLanguageModelingConfig, ResidualLanguageModelingTask
-from tests.tiny_translation import command, recorded_log, same_state, train, used_weights
+from tests.test_resuming import kill_after
+from tests.tiny_translation import PLUGIN, command, recorded_log, same_state, train, train_arguments, used_weights
 
 PREFIX, LENGTH = 8, 12
 BIT = "--arch bit_tiny --encoder-embed-dim 16 --encoder-ffn-embed-dim 32 --encoder-layers 1 --encoder-attention-heads 2".split()
@@ -125,6 +126,17 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(text, tmp_path, uninterrupted
     run(text, tmp_path, "--max-update", stop, "--update-freq", 2, validate=True)
     resumed = run(text, tmp_path, "--max-update", 8, "--update-freq", 2, validate=True)
     assert same_state(resumed.checkpoint(), uninterrupted.checkpoint())
+
+
+def test_a_killed_run_goes_on_as_if_never_killed(text, tmp_path):
+    killed = tmp_path / "killed"
+    flags = [*RESIDUAL, "--base-lm", text.base, "--max-epoch", 1000, "--save-interval-updates", 1, "--user-dir", PLUGIN]
+    kill_after(8, train_arguments(text, killed, *flags, arch=BIT, validate=True), killed)
+    path = killed / "checkpoint_last.pt"
+    last = checkpoint_utils.load_checkpoint_to_cpu(str(path))["optimizer_history"][-1]["num_updates"]
+    end = ["--max-update", last + 3, "--max-epoch", 1000]
+    resumed = run(text, tmp_path / "resumed", *end, "--restore-file", path).checkpoint()
+    assert same_state(resumed, run(text, tmp_path / "never", *end).checkpoint())
 
 
 def test_validation_draws_do_not_change_what_is_trained(text, tmp_path, uninterrupted):
