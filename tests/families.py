@@ -31,6 +31,7 @@ class Family(NamedTuple):
         data: each row's tokens that negatives are held against.
         parts: denominator of the probabilities.
         steps: the kinds of energy steps that the family has.
+        normalizers: whose negatives a normaliser may be of.
     """
 
     model: torch.nn.Module
@@ -41,6 +42,7 @@ class Family(NamedTuple):
     data: List[tuple]
     parts: int
     steps: tuple = ("all", "last")
+    normalizers: tuple = ("batch", "source")
 
     def criterion(self, **flags) -> EarmCrossEntropyCriterion:
         task = Task(self.dictionary)
@@ -131,7 +133,7 @@ def images(name: str = "gated_pixel_cnn", rounded: bool = True) -> Family:
 
     return Family(
         model.train(), _batch(net_input, pixels, pad=2), ImageFamily, Levels(2), Network(logits, [0, 1], length, 2),
-        [tuple(row) for row in pixels.tolist()], parts,
+        [tuple(row) for row in pixels.tolist()], parts, normalizers=("batch",),
     )
 
 

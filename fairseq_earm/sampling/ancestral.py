@@ -72,7 +72,7 @@ class AncestralSampler:
             # A finished row that is still in the batch reads end-of-sentence: anything but padding will do.
             read = prefixes[rows, : step + 1]
             logits = decoding.next_logits(read.masked_fill(read.eq(self.pad), self.eos))
-            tokens, log_probs = draw(self._without_padding(logits))
+            tokens, log_probs = draw(without_padding(logits, self.pad))
             if step < given:
                 tokens, log_probs = forced[rows, step], torch.zeros_like(log_probs)
             open_rows = rows[live]
@@ -91,9 +91,6 @@ class AncestralSampler:
                 rows, live = rows[live], live[live]
 
         return self._pack(prefixes[:, 1:], log_q, lengths, given, truncated, sources)
-
-    def _without_padding(self, logits: Tensor) -> Tensor:
-        return logits.index_fill(1, torch.tensor([self.pad], device=logits.device), -float("inf"))
 
     def _pack(self, tokens, log_q, lengths, given, truncated, sources) -> Samples:
         steps = torch.arange(int(lengths.max()), device=lengths.device)
@@ -126,6 +123,11 @@ def draw(logits: Tensor, generator: Optional[torch.Generator] = None) -> tuple:
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, point, right=True).clamp_max(logits.size(-1) - 1)
     return tokens.squeeze(1), log_probs.gather(1, tokens).squeeze(1)
+
+
+def without_padding(logits: Tensor, pad: int) -> Tensor:
+    """Logits under which padding has no probability."""
+    return logits.index_fill(-1, torch.tensor([pad], device=logits.device), -float("inf"))
 
 
 class _Decoding:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.errors import UsageError
-from fairseq_earm.sampling.ancestral import draw
+from fairseq_earm.sampling.ancestral import draw, without_padding
 from fairseq_earm.sampling.prefill import prefill
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scoring import decoder_input, full_logits
@@ -57,7 +57,7 @@ class ContinuationSampler:
 
     @torch.no_grad()
     def go_on(
-        self, model, read: Tensor, samples: int = 1, *, length: Optional[int] = None,
+        self, model, read: Tensor, samples: int = 1, *, length: Optional[int] = None, to_the_end: bool = False,
         generator: Optional[torch.Generator] = None,
     ) -> Samples:
         """As `__call__`, from all that the decoder reads before the first drawn token.
@@ -68,6 +68,7 @@ class ContinuationSampler:
         Args:
             read: (B, 1 + P) tokens without padding, the decoder's first input included.
             length: tokens to draw, by default the sampler's.
+            to_the_end: draw no further once there is an end-of-sentence in every row.
         """
         length = self.length if length is None else length
         sources = torch.arange(read.size(0), device=read.device).repeat_interleave(samples)
@@ -76,14 +77,16 @@ class ContinuationSampler:
         logits = self._next_logits(model, read, cache)[sources]
         read = read[sources]
         model.decoder.reorder_incremental_state_scripting(cache, sources)
-        log_q = []
+        given, log_q = read.size(1), []
         for step in range(length):
             if step > 0:
                 logits = self._next_logits(model, read, cache)
             tokens, log_probs = draw(self._proposal(logits), generator)
             read = torch.cat([read, tokens.unsqueeze(1)], 1)
             log_q.append(log_probs)
-        tokens = read[:, read.size(1) - length :]
+            if to_the_end and bool(read[:, given:].eq(self.eos).any(1).all()):
+                break
+        tokens = read[:, given:]
         everywhere = torch.ones_like(tokens, dtype=torch.bool)
         truncated = torch.zeros_like(sources, dtype=torch.bool)
         return Samples(tokens, everywhere, torch.stack(log_q, 1), truncated, sources)
@@ -106,11 +109,6 @@ def finite_log_q(log_q: Tensor) -> Tensor:
             "without --fp16), or another checkpoint"
         )
     return log_q
-
-
-def without_padding(logits: Tensor, pad: int) -> Tensor:
-    """Logits under which padding has no probability."""
-    return logits.index_fill(-1, torch.tensor([pad], device=logits.device), -float("inf"))
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ class ImageFamily(ModelFamily):
     def __init__(self, cfg):
         problems = (
             (cfg.earm_energy_steps == "post", "energy_steps", "no step comes after an image's last value; use all or last"),
+            (cfg.earm_normalizer == "source", "normalizer", "an image has no source of its own; use batch"),
             (cfg.earm_sampler != "ancestral", "sampler", "images are drawn from the softmax itself; leave it out"),
         )
         for problem, name, remedy in problems:

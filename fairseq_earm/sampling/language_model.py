@@ -59,7 +59,7 @@ class LanguageModelFamily(ModelFamily):
         data = self.contrasted(sample["target"].ne(self.pad))
         length = self.sampler.length if self.sentences else data.size(1)
         with isolated(model, sample["net_input"]["src_tokens"]):
-            samples = self.sampler.go_on(model, self._prefixes(sample), negatives, length=length)
+            samples = self.sampler.go_on(model, self._prefixes(sample), negatives, length=length, to_the_end=self.sentences)
         return self._cut(samples, data)
 
     def forward(self, model, sample) -> Passes:

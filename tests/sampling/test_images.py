@@ -14,7 +14,7 @@ from tests.sampling.test_samplers import chi_square
 from tests.tiny_images import MODELS, enumerate_images, tiny_pixel_model
 from tests.tiny_model import tiny_model
 
-FLAGS = {"earm_energy_steps": "all", "ignore_prefix_size": 0, "earm_sampler": "ancestral"}
+FLAGS = {"earm_normalizer": "batch", "earm_energy_steps": "all", "ignore_prefix_size": 0, "earm_sampler": "ancestral"}
 
 
 def family(**flags):

@@ -95,6 +95,9 @@ def test_sentences_end_by_end_of_sentence_and_blocks_do_not():
     assert set(seen) == {(1, False), (2, False), (3, False), (3, True)}
     # A negative may be longer than its row's sentence.
     assert drawn.lengths[drawn.sources == 1].max() == 3
+    # Nothing is drawn behind the last end-of-sentence.
+    endless = family(model, 500, prefix_length=1, sentences=True).draw(model, sentences, 30)
+    assert endless.tokens.size(1) < 60 and not endless.truncated.any()
     running = family(model, 3, prefix_length=1).draw(model, batch(), 300)
     assert ((running.tokens == EOS) & running.mask)[:, :-1].any(), "in running text the block goes on after it"
 

@@ -101,7 +101,7 @@ def test_weight_zero_is_the_stock_criterion(pictures, tmp_path):
 
 
 VARIANTS = [
-    ["--earm-negatives", 2, "--earm-normalizer", "source"],
+    ["--earm-negatives", 2],
     ["--earm-energy-steps", "last"],
     ["--earm-weight", 1, "--earm-recent-tokens", -1],
     ["--earm-normalizer-ema", 0.9],
@@ -149,7 +149,8 @@ def test_mistakes_are_said_before_any_training(pictures, tmp_path):
     start = [pictures, tmp_path / "out", "--criterion", "cross_entropy"]
     assert "--arch transformer_lm is no model of images" in refused(run, *start, arch=["--arch", "transformer_lm"])
     assert "--arch transformer is no model of images" in refused(run, *start, arch=["--arch", "transformer"])
-    assert "--earm-energy-steps post" in refused(run, *start[:2], *EARM, "--earm-energy-steps", "post")
+    for flag, value in (("--earm-energy-steps", "post"), ("--earm-normalizer", "source")):
+        assert f"{flag} {value}" in refused(run, *start[:2], *EARM, "--earm-negatives", 2, flag, value)
     assert "--max-tokens 15: an image has 16 values" in refused(run, *start, "--max-tokens", 15)
     assert not list((tmp_path / "out").glob("*.pt"))
 
