@@ -13,7 +13,9 @@ from fairseq.models import FairseqEncoderDecoderModel
 
 from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task
 from fairseq_earm.errors import UsageError
-from fairseq_earm.evaluation.joint_models import LanguageJoint, TranslationJoint, network_energies, own_energies, own_language_energies
+from fairseq_earm.evaluation.joint_models import (
+    LanguageJoint, OwnLanguageEnergies, TranslationJoint, network_energies, own_energies,
+)
 from fairseq_earm.evaluation.residual import JointModel
 from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.ancestral import AncestralSampler, max_lengths
@@ -83,7 +85,7 @@ def _language(args: argparse.Namespace) -> Measured:
         blocks.prefetch(indices)
     model = base.to(device(args)).model
     if args.energy:
-        energies = own_language_energies(model)
+        energies = OwnLanguageEnergies(model)
     else:
         energies = energy.to(device(args)).model if energy else None
     return Measured(

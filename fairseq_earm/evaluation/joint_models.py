@@ -60,9 +60,14 @@ class LanguageJoint:
         log_probs = without_padding(logits, self.dictionary.pad()).log_softmax(-1)
         tokens = torch.arange(log_probs.numel(), device=item.device)
         tokens = tokens[tokens != self.dictionary.pad()]
+        return LastToken(log_probs[tokens], self._energies_by_end(item, tokens))
+
+    def _energies_by_end(self, item: Tensor, tokens: Tensor) -> Tensor:
+        """(V,) energies of the sequence with each of (V,) last tokens."""
+        if isinstance(self.energies, OwnLanguageEnergies):  # known before the last token
+            return self.energies(item.unsqueeze(0)).expand(tokens.numel())
         ends = tokens.unsqueeze(1).split(self.chunk)
-        energies = [self.energies(prefix_continuation(item[:-1].unsqueeze(0), end)) for end in ends]
-        return LastToken(log_probs[tokens], torch.cat(energies))
+        return torch.cat([self.energies(prefix_continuation(item[:-1].unsqueeze(0), end)) for end in ends])
 
 
 class TranslationJoint:
@@ -127,19 +132,20 @@ def own_energies(model, energy_step: str = "last") -> Callable[[dict, Tensor, Te
     return energies
 
 
-def own_language_energies(model) -> Callable[[Tensor], Tensor]:
+class OwnLanguageEnergies:
     """An E-ARM language model's energies of whole sequences: −log μ (Wang et al., Eq. 4), read at the last token's step.
 
-    The logsumexp is over the whole vocabulary, as it was trained; padding, which is never drawn, included.
+    (R, L) tokens → (R,). The logsumexp is over the whole vocabulary, as it was trained; padding, which is never drawn,
+    included.
     """
-    decoder = model.decoder
 
-    def energies(tokens: Tensor) -> Tensor:
-        read = decoder_input(tokens, decoder.dictionary.eos())
-        rows = max(1, MAX_LOGITS // (read.size(1) * len(decoder.dictionary)))
-        return torch.cat([-last_logits(decoder, part).logsumexp(-1) for part in read.split(rows)])
+    def __init__(self, model):
+        self.decoder = model.decoder
 
-    return energies
+    def __call__(self, tokens: Tensor) -> Tensor:
+        read = decoder_input(tokens, self.decoder.dictionary.eos())
+        rows = max(1, MAX_LOGITS // (read.size(1) * len(self.decoder.dictionary)))
+        return torch.cat([-last_logits(self.decoder, part).logsumexp(-1) for part in read.split(rows)])
 
 
 def network_energies(network, pad: int, shift: int) -> Callable[[dict, Tensor, Tensor], Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_earm.evaluation.joint_models import (
-    LanguageJoint, TranslationJoint, chunk_sizes, network_energies, own_energies, own_language_energies,
+    LanguageJoint, OwnLanguageEnergies, TranslationJoint, chunk_sizes, network_energies, own_energies,
 )
 from fairseq_earm.evaluation.residual import measure_sequence
 from fairseq_earm.models.energy_transformer import BidirectionalEnergyTransformer, EnergyTransformerBitConfig
@@ -121,7 +121,7 @@ def test_a_language_model_with_its_own_energies(head, monkeypatch):
     log_probs = enumerate_continuations(model, torch.tensor(prefix), 3)
     exact = ListedJoint(log_probs, {x: -log_mu(x) for x in log_probs})
     monkeypatch.setattr("fairseq_earm.evaluation.joint_models.MAX_LOGITS", 700)  # a few rows at a time
-    joint = LanguageJoint(model, own_language_energies(model), 2, chunk=3000)
+    joint = LanguageJoint(model, OwnLanguageEnergies(model), 2, chunk=3000)
     record = measure_sequence(joint, torch.tensor([*prefix, *continuation]), index=3, samples=[10, 6000], per_step=True)
     assert math.fsum(record["base"]) == pytest.approx(exact.log_probs[continuation], abs=1e-5)
     assert record["energy"] == pytest.approx(exact.energies[continuation], abs=1e-5)
