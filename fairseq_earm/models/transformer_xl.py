@@ -268,9 +268,12 @@ def _check(cfg, dictionary) -> None:
         )
     if cfg.mem_len < 0:
         raise UsageError(f"--mem-len {cfg.mem_len}: give 0, for no memory, or more")
+    for name in ("decoder_layers", "decoder_ffn_embed_dim"):
+        if getattr(cfg, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give at least 1")
     for flag, cutoff in (("softmax", cfg.adaptive_softmax_cutoff), ("input", cfg.adaptive_input_cutoff)):
-        if cutoff is not None and max(utils.eval_str_list(cutoff, type=int)) > len(dictionary):
-            raise UsageError(f"--adaptive-{flag}-cutoff {cutoff}: the dictionary has {len(dictionary)} symbols; give less")
+        if cutoff is not None:
+            _check_cutoff(f"--adaptive-{flag}-cutoff {cutoff}", cutoff, len(dictionary))
     if cfg.adaptive_input and cfg.adaptive_input_cutoff is None:
         raise UsageError("--adaptive-input: give --adaptive-input-cutoff as well")
     if cfg.adaptive_input and cfg.share_decoder_input_output_embed:
@@ -288,3 +291,14 @@ def _check(cfg, dictionary) -> None:
         raise UsageError(
             "--tie-adaptive-weights: needs --adaptive-input and the same cutoff and factor for input and softmax; give them alike"
         )
+
+
+def _check_cutoff(flag: str, cutoff: str, symbols: int) -> None:
+    try:
+        bands = utils.eval_str_list(cutoff, type=int)
+    except (NameError, SyntaxError, TypeError, ValueError):
+        bands = []
+    if not bands or bands != sorted({*bands}) or bands[0] < 1:
+        raise UsageError(f"{flag}: give numbers of words, each larger than the one before, such as 20000,60000")
+    if bands[-1] > symbols:
+        raise UsageError(f"{flag}: the dictionary has {symbols} symbols; give less")
