@@ -22,6 +22,7 @@ from fairseq_earm.sampling.images import draw_images
 ENDING = ".png"
 TASK = "earm_image_modeling"
 GAP, PAPER = 1, 255  # between images, in their pixels; and its brightness
+WIDTH = 600  # small images are enlarged, pixel by pixel, as far as the grid gets no wider
 
 
 def wants_images(argv: Sequence[str]) -> bool:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     values, log_q = _draw(args, decoder)
     if not log_q.isfinite().all():
         raise UsageError(f"--path {args.path}: the model's probabilities are no numbers; give another checkpoint")
-    _write(image_grid(values, decoder, args.columns), args.output)
+    _write(enlarged(image_grid(values, decoder, args.columns)), args.output)
     bits = -log_q.mean().item() / math.log(2)
     print(f"{args.output}: {args.samples} images of {_size(decoder)}, seed {args.seed}, {bits:.3f} bits per dimension under the model")
 
@@ -126,6 +127,12 @@ def image_grid(values: Tensor, decoder, columns: int) -> np.ndarray:
         top, left = GAP + number // columns * (height + GAP), GAP + number % columns * (width + GAP)
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+def enlarged(grid: np.ndarray) -> np.ndarray:
+    """The grid with each pixel as many times across and down as fits into `WIDTH`, at least once."""
+    times = max(1, WIDTH // grid.shape[1])
+    return grid.repeat(times, 0).repeat(times, 1)
 
 
 def _write(grid: np.ndarray, path: str) -> None:

@@ -136,4 +136,6 @@ def _checked(name: str, images: np.ndarray) -> np.ndarray:
         raise UsageError(f"{name}: {images.dtype}, and images are uint8, 0 to 255; convert them")
     if images.ndim not in (3, 4) or 0 in images.shape:
         raise UsageError(f"{name}: shape {images.shape}, and images are (N, H, W) or (N, H, W, C)")
+    if images.ndim == 4 and images.shape[3] > 4:
+        raise UsageError(f"{name}: shape {images.shape} would be {images.shape[3]} colours; these come last, as (N, H, W, C): transpose it")
     return images if images.ndim == 4 else images[..., None]

@@ -21,9 +21,13 @@ def run(*arguments):
     sample.main([str(argument) for argument in arguments])
 
 
-def pixels(path):
-    """(H, W, 3) as they are in the file."""
-    return np.rint(image.imread(str(path))[..., :3] * 255).astype(np.uint8)
+def pixels(path, width):
+    """(H, W, 3) in the file, where each stands several times, so that the picture is about 600 wide."""
+    found = np.rint(image.imread(str(path))[..., :3] * 255).astype(np.uint8)
+    times = 600 // width
+    small = found[::times, ::times]
+    assert times > 1 and small.shape[1] == width and np.array_equal(small.repeat(times, 0).repeat(times, 1), found)
+    return small
 
 
 def refused(*arguments):
@@ -38,7 +42,7 @@ def test_the_picture_holds_the_images_that_the_seed_draws(pictures, tmp_path, ca
     run("--path", pictures.base, "--output", out, "--samples", 6, "--columns", 4, "--seed", 3, "--cpu")
     decoder = checkpoint_utils.load_model_ensemble_and_task([str(pictures.base)])[0][0].eval().decoder
     values, log_q = draw_images(decoder, 6, generator=torch.Generator().manual_seed(3))
-    grid = pixels(out)
+    grid = pixels(out, 21)
     assert grid.shape == (11, 21, 3)
     fifth = values[4].view(4, 4).numpy() * 255 // 7
     assert np.array_equal(grid[6:10, 1:5], np.repeat(fifth[..., None], 3, 2))
@@ -50,7 +54,7 @@ def test_the_picture_holds_the_images_that_the_seed_draws(pictures, tmp_path, ca
 def test_seeds_draw_each_their_own(pictures, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run("--path", pictures.base, "--output", tmp_path / f"{name}.png", "--seed", seed, "--samples", 5, "--batch-size", 2, "--cpu")
-    a, b, c = (pixels(tmp_path / f"{name}.png") for name in "abc")
+    a, b, c = (pixels(tmp_path / f"{name}.png", 41) for name in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
@@ -59,7 +63,7 @@ def test_no_data_is_needed(pictures, tmp_path):
     state["cfg"]["task"]["data"] = str(tmp_path / "gone")
     torch.save(state, tmp_path / "moved.pt")
     run("--path", tmp_path / "moved.pt", "--output", tmp_path / "grid.png", "--samples", 1, "--cpu")
-    assert pixels(tmp_path / "grid.png").shape == (6, 41, 3)
+    assert pixels(tmp_path / "grid.png", 41).shape == (6, 41, 3)
 
 
 def test_colours_are_red_green_and_blue():
@@ -103,7 +107,7 @@ def test_more_images_than_fit_on_the_gpu(pictures, tmp_path, monkeypatch):
 
 def test_an_ending_in_capitals_is_a_picture_too(pictures, tmp_path):
     run("--path", pictures.base, "--output", tmp_path / "GRID.PNG", "--samples", 1, "--cpu")
-    assert pixels(tmp_path / "GRID.PNG").shape == (6, 41, 3)
+    assert pixels(tmp_path / "GRID.PNG", 41).shape == (6, 41, 3)
 
 
 def test_probabilities_that_are_no_numbers_make_no_picture(pictures, tmp_path):

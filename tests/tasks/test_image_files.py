@@ -106,6 +106,8 @@ def test_files_that_will_not_do(tmp_path):
     assert "array train: float32, and images are uint8" in refused(read_image_files, path)
     np.savez(tmp_path / "a.npz", train=some(3, 2))
     assert "shape (3, 2), and images are (N, H, W)" in refused(read_image_files, path)
+    np.savez(tmp_path / "a.npz", train=some(3, 3, 8, 8))
+    assert "would be 8 colours; these come last" in refused(read_image_files, path)
     np.savez(tmp_path / "a.npz", pictures=some(3, 2, 2))
     assert "has the arrays pictures: it needs train" in refused(read_image_files, path)
     (tmp_path / "a.npz").write_bytes(b"no archive")
