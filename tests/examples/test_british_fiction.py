@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.examples.small_corpora import PROGRAMS, ROOT, read, write
 
@@ -12,6 +13,7 @@ FOLDER = ROOT / "examples" / "residual_ebm" / "british_fiction"
 sys.path.insert(0, str(FOLDER))
 
 import experiment  # noqa: E402
+import log_ratio  # noqa: E402
 
 
 def prepare(folder, *arguments):
@@ -63,3 +65,14 @@ def test_the_table_has_bounds_spread_and_gains(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["residual_ebm", "residual_ebm/british_fiction", "residual_ebm/synthetic"])
 def test_every_folder_says_what_it_is(name):
     assert (ROOT / "examples" / name / "README.md").read_text().startswith("# ")
+
+
+def test_the_log_ratio_is_an_energy(text, tmp_path):
+    """A model knows nothing that it does not know itself; one that has learnt the text tells it from an untrained model's."""
+    same = log_ratio.log_ratio(str(text.data), str(text.base), str(text.base), 20, prefix=4, length=12)
+    assert same == {"nce_loss": pytest.approx(2), "nce_accuracy_data": 0, "nce_accuracy_negatives": 0}
+    state = torch.load(text.base, weights_only=False)
+    state["model"] = {name: torch.zeros_like(weight) for name, weight in state["model"].items()}
+    torch.save(state, tmp_path / "uniform.pt")
+    learnt = log_ratio.log_ratio(str(text.data), str(tmp_path / "uniform.pt"), str(text.base), 20, prefix=4, length=12)
+    assert learnt["nce_loss"] < 1 and min(learnt["nce_accuracy_data"], learnt["nce_accuracy_negatives"]) > 0.8
