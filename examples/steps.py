@@ -1,13 +1,15 @@
 """Long experiments as steps: each a command with a log of its own, done once, after the steps that it needs."""
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Sequence, Tuple
 
 
 class Step(NamedTuple):
@@ -61,3 +63,31 @@ def command(words: list, log: Path) -> None:
         if status != 0:
             raise SystemExit(f"{words[0]} failed with status {status}; see {log}")
         file.write("finished\n")
+
+
+def experiment_parser(description: str) -> Tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The command line of an experiment, `run DATA OUTPUT` or `table OUTPUT`, and the part of it behind `run`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    run = commands.add_parser("run")
+    run.add_argument("data", type=Path)
+    run.add_argument("output", type=Path)
+    run.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    run.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
+    commands.add_parser("table").add_argument("output", type=Path)
+    return parser, run
+
+
+def run_experiment(args: argparse.Namespace, steps: Callable[[], List[Step]], print_table: Callable[[Path], None]) -> None:
+    """Do what the command line asks for: under `run` the steps, and the table in any case."""
+    if args.command == "run":
+        run_steps(steps(), args.output, args.jobs)
+    print_table(args.output)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± sample standard deviation; of one value the value, of none nothing."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"

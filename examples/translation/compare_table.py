@@ -5,10 +5,12 @@ import json
 import re
 import statistics
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict
 
 import numpy as np
 from sacrebleu.metrics import BLEU
+
+from steps import spread
 
 from fairseq_earm.cli.tune import corpus_bleu
 from fairseq_earm.evaluation.plots import read_log
@@ -40,12 +42,6 @@ def print_table(spec: dict, output: Path, against: str) -> None:
         seconds = spread([update_seconds(output / name / seed / "train.log") for seed in seeds], 2)
         gain = "" if name == against else difference(seeds, reference)
         print(f"| {name} | {len(seeds)} | {' | '.join(cells)} | {bleu} | {gain} | {seconds} |")
-
-
-def spread(values: List[float], digits: int = 3) -> str:
-    """Mean ± sample standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def bleu_statistics(folder: Path) -> Dict[str, np.ndarray]:

@@ -94,3 +94,12 @@ def write_iwslt(folder):
         archive.add(talks, "it-en")
     with tarfile.open(folder / "2014-01.tgz", "w:gz") as archive:
         archive.add(folder / "2014-01", "2014-01")
+
+
+def assert_in_order(steps):
+    """Every step has a name of its own and stands behind what it needs; the names."""
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    for number, step in enumerate(steps):
+        assert set(step.needs) <= set(names[:number])
+    return names

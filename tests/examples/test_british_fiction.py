@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.examples.small_corpora import PROGRAMS, ROOT, read, write
+from tests.examples.small_corpora import PROGRAMS, ROOT, assert_in_order, read, write
 
 FOLDER = ROOT / "examples" / "residual_ebm" / "british_fiction"
 sys.path.insert(0, str(FOLDER))
@@ -41,10 +41,8 @@ def test_what_is_missing_is_said(tmp_path):
 
 def test_every_command_stands_behind_what_it_needs(tmp_path):
     steps = experiment.Experiment(tmp_path / "data", tmp_path / "out").steps([1, 2])
-    names = [step.name for step in steps]
-    assert len(set(names)) == len(names)
-    for number, step in enumerate(steps):
-        assert set(step.needs) <= set(names[:number])
+    names = assert_in_order(steps)
+    for step in steps:
         used = [word for word in step.words if word.endswith("checkpoint_best.pt")]
         assert {Path(word).parent.name for word in used} == set(step.needs) or "perplexity" in step.name
     for name in ("base", "unit", "bit-mlm"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_earm.sampling.images import draw_images
-from tests.examples.small_corpora import ROOT
+from tests.examples.small_corpora import ROOT, assert_in_order
 from tests.tiny_images import tiny_pixel_model
 
 FOLDER = ROOT / "examples" / "image"
@@ -27,10 +27,8 @@ sampling_speed = load(FOLDER / "sampling_speed.py")
 
 def test_every_command_stands_behind_what_it_needs(tmp_path):
     steps = experiment.Experiment(tmp_path / "data", tmp_path / "out").steps([1, 2])
-    names = [step.name for step in steps]
-    assert len(set(names)) == len(names)
-    for number, step in enumerate(steps):
-        assert set(step.needs) <= set(names[:number])
+    names = assert_in_order(steps)
+    for step in steps:
         used = [word for word in step.words if word.endswith("checkpoint_last.pt")]
         assert {Path(word).parent.name for word in used} == set(step.needs)
     # A base and three branches with two learning rates each, for two seeds, each of them measured; and three pictures.

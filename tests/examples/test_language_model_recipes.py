@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.small_corpora import PROGRAMS, ROOT, read, run, stub, write
+from tests.examples.small_corpora import PROGRAMS, ROOT, assert_in_order, read, run, stub, write
 from tests.tiny_translation import command, recorded_log
 
 FOLDER = ROOT / "examples" / "language_model"
@@ -37,10 +37,8 @@ def flag_of(words, name):
 
 def test_every_command_stands_behind_what_it_needs(tmp_path):
     steps = experiment.Experiment(tmp_path / "data", tmp_path / "out").steps([1, 2])
-    names = [step.name for step in steps]
-    assert len(set(names)) == len(names)
-    for number, step in enumerate(steps):
-        assert set(step.needs) <= set(names[:number])
+    assert_in_order(steps)
+    for step in steps:
         if "." in step.name:
             assert flag(step, "--path") == str(tmp_path / "out" / step.needs[0] / "checkpoint_last.pt")
     trained = {step.name: step for step in steps if "." not in step.name}

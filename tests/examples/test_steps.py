@@ -6,7 +6,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from steps import Step, done, run_steps  # noqa: E402
+from steps import Step, done, run_steps, spread  # noqa: E402
 
 
 def step(folder, name, needs=(), script="pass"):
@@ -30,3 +30,7 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path):
         run_steps(steps, tmp_path / "logs", jobs=1)
     assert (tmp_path / "order").read_text().split() == ["a", "c"]
     assert [done(tmp_path / "logs" / f"{name}.log") for name in "abc"] == [False, False, True]
+
+
+def test_spread():
+    assert [spread(values, 2) for values in ([], [1.0], [1.0, 2.0])] == ["", "1.00", "1.50 ± 0.71"]

@@ -8,7 +8,6 @@ run that was stopped goes on where it was.
 """
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PLUGIN = ROOT / "fairseq_earm"
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
-from steps import Step, run_steps  # noqa: E402
+from steps import Step, experiment_parser, run_experiment, spread  # noqa: E402
 
 from fairseq_earm.evaluation.plots import read_log  # noqa: E402
 
@@ -117,29 +116,13 @@ def print_table(output: Path) -> None:
         best = min(rates, key=lambda rate: statistics.mean(result.valid for result in rates[rate]))
         results = rates[best]
         bounds = [result.dv for result in results if result.dv is not None]
-        columns = [_spread([result.valid for result in results]), _spread([result.test for result in results]), _spread(bounds)]
+        columns = [spread([result.valid for result in results], 4), spread([result.test for result in results], 4), spread(bounds, 4)]
         print(f"| {title} | {best} | {len(results)} | {' | '.join(columns)} |")
 
 
-def _spread(values: List[float]) -> str:
-    if len(values) < 2:
-        return "".join(f"{value:.4f}" for value in values)
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="command")
-    run = commands.add_parser("run")
-    run.add_argument("data", type=Path)
-    run.add_argument("output", type=Path)
-    run.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    run.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
-    commands.add_parser("table").add_argument("output", type=Path)
-    args = parser.parse_args()
-    if args.command == "run":
-        run_steps(Experiment(args.data, args.output).steps(args.seeds), args.output, args.jobs)
-    print_table(args.output)
+    args = experiment_parser(__doc__)[0].parse_args()
+    run_experiment(args, lambda: Experiment(args.data, args.output).steps(args.seeds), print_table)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ run that was stopped goes on where it was.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PLUGIN = ROOT / "fairseq_earm"
 sys.path.insert(0, str(ROOT / "examples"))
 
-from steps import Step, done, run_steps  # noqa: E402
+from steps import Step, done, experiment_parser, run_experiment, spread  # noqa: E402
 
 PREFIX, LENGTH = 14, 64  # a negative's 50 tokens are the rest of the block
 TASK = [
@@ -181,35 +180,21 @@ def _print_rows(title: str, names: List[str], found: Dict[str, List[Figures]]) -
         rows = found[name]
         if not rows:
             continue
-        cells = [_spread([getattr(row, key) for row in rows]) for key in ("valid", "test", "base")]
-        bounds = " to ".join(_spread([getattr(row, key) for row in rows]) for key in ("lower", "upper"))
+        cells = [spread([getattr(row, key) for row in rows], 2) for key in ("valid", "test", "base")]
+        bounds = " to ".join(spread([getattr(row, key) for row in rows], 2) for key in ("lower", "upper"))
         dv = "; ".join(f"{row.dv:+.3f}" + (f" ± {row.dv_error:.3f}" if row.dv_error is not None else "") for row in rows)
         training = "; ".join(f"{row.training_dv:+.3f}" for row in rows if row.training_dv is not None)
         seconds = f"{statistics.mean(row.seconds for row in rows):.2f}"
         print("| " + " | ".join([NAMES[name], str(len(rows)), *cells, bounds, dv, training, seconds]) + " |")
 
 
-def _spread(values: List[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="command")
-    run = commands.add_parser("run")
-    run.add_argument("data", type=Path)
-    run.add_argument("output", type=Path)
-    run.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    run.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
+    parser, run = experiment_parser(__doc__)
     run.add_argument("--quick", action="store_true", help="a few updates of everything, to see that it runs")
-    commands.add_parser("table").add_argument("output", type=Path)
     args = parser.parse_args()
-    if args.command == "run":
-        experiment = Experiment(args.data, args.output, QUICK if args.quick else Size())
-        run_steps(experiment.steps(args.seeds), args.output, args.jobs)
-    print_table(args.output)
+    run_experiment(
+        args, lambda: Experiment(args.data, args.output, QUICK if args.quick else Size()).steps(args.seeds), print_table
+    )
 
 
 if __name__ == "__main__":

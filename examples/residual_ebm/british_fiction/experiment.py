@@ -8,9 +8,7 @@ run that was stopped goes on where it was.
 """
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Dict, List, Sequence
@@ -19,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PLUGIN = ROOT / "fairseq_earm"
 sys.path.insert(0, str(ROOT / "examples"))
 
-from steps import Step, run_steps  # noqa: E402
+from steps import Step, experiment_parser, run_experiment, spread  # noqa: E402
 
 PREFIX, LENGTH = 40, 64
 SEQUENCES, SAMPLES = 250, 512  # of the test set, and of each sequence for log Z
@@ -134,31 +132,15 @@ def print_table(output: Path) -> None:
         found = [perplexities(json.loads(path.read_text())) for path in sorted(output.glob(f"{name}-[0-9]*.json"))]
         if not found:
             continue
-        bounds = [_spread([row[bound] for row in found]) for bound in ("lower", "upper")]
+        bounds = [spread([row[bound] for row in found], 2) for bound in ("lower", "upper")]
         bounds = bounds[:1] if "gain" not in found[0] else bounds
         gain = "; ".join(f"{row['gain']:.4f} ± {row['error']:.4f}" for row in found if "gain" in row)
         print(f"| {title} | {len(found)} | {' to '.join(bounds)} | {gain} |")
 
 
-def _spread(values: List[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="command")
-    run = commands.add_parser("run")
-    run.add_argument("data", type=Path)
-    run.add_argument("output", type=Path)
-    run.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    run.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
-    commands.add_parser("table").add_argument("output", type=Path)
-    args = parser.parse_args()
-    if args.command == "run":
-        run_steps(Experiment(args.data, args.output).steps(args.seeds), args.output, args.jobs)
-    print_table(args.output)
+    args = experiment_parser(__doc__)[0].parse_args()
+    run_experiment(args, lambda: Experiment(args.data, args.output).steps(args.seeds), print_table)
 
 
 if __name__ == "__main__":
