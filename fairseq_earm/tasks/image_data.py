@@ -6,10 +6,10 @@ from typing import Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
-from fairseq.data import FairseqDataset
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.tasks.image_files import read_image_files
+from fairseq_earm.tasks.sized_data import SizedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _prepare(images: np.ndarray, preparation: Preparation, path: str) -> np.ndar
     return images
 
 
-class ImageDataset(FairseqDataset):
+class ImageDataset(SizedDataset):
     """Images as sequences of values, by rows, within them by pixels, then by colours.
 
     A batch is {"id": (B,), "nsentences", "ntokens": number of values, "net_input": {"src_tokens": (B, T), "src_lengths": (B,)},
@@ -121,9 +121,6 @@ class ImageDataset(FairseqDataset):
         self.shuffle = shuffle
         self.sizes = np.full(len(images), int(np.prod(images.shape[1:])))
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, index: int) -> dict:
         return {"id": int(index), "values": torch.from_numpy(self.images[index].reshape(-1).astype(np.int64))}
 
@@ -138,18 +135,6 @@ class ImageDataset(FairseqDataset):
             "net_input": {"src_tokens": values, "src_lengths": torch.full((values.size(0),), values.size(1))},
             "target": values,
         }
-
-    def num_tokens(self, index: int) -> int:
-        return int(self.sizes[index])
-
-    def size(self, index: int) -> int:
-        return int(self.sizes[index])
-
-    def num_tokens_vec(self, indices) -> np.ndarray:
-        return self.sizes[indices]
-
-    def ordered_indices(self) -> np.ndarray:
-        return np.random.permutation(len(self)) if self.shuffle else np.arange(len(self))
 
 
 def parse_shape(text: str) -> Tuple[int, int, int]:

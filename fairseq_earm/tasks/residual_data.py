@@ -1,14 +1,13 @@
 """Sequences of text as the batches of an energy network."""
 from __future__ import annotations
 
-import numpy as np
 import torch
-from fairseq.data import FairseqDataset
 
 from fairseq_earm.sampling.blocks import Blocks
+from fairseq_earm.tasks.sized_data import SizedDataset
 
 
-class ResidualDataset(FairseqDataset):
+class ResidualDataset(SizedDataset):
     """Blocks of text, the first `prefix_length` tokens of each given and the rest predicted.
 
     A batch is {"id": (B,), "nsentences", "ntokens", "net_input": {"src_tokens": (B, L)}, "target": (B, L − prefix_length),
@@ -27,9 +26,6 @@ class ResidualDataset(FairseqDataset):
         self.shuffle = shuffle
         self.sizes = blocks.sizes
 
-    def __len__(self) -> int:
-        return len(self.blocks)
-
     def __getitem__(self, index: int) -> dict:
         return {"id": int(index), "tokens": self.blocks[index]}
 
@@ -45,18 +41,6 @@ class ResidualDataset(FairseqDataset):
             "target": tokens[:, self.prefix_length :],
             "split": self.split,
         }
-
-    def num_tokens(self, index: int) -> int:
-        return int(self.sizes[index])
-
-    def size(self, index: int) -> int:
-        return int(self.sizes[index])
-
-    def num_tokens_vec(self, indices) -> np.ndarray:
-        return self.sizes[indices]
-
-    def ordered_indices(self) -> np.ndarray:
-        return np.random.permutation(len(self)) if self.shuffle else np.arange(len(self))
 
     @property
     def supports_prefetch(self) -> bool:
