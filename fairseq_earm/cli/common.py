@@ -47,15 +47,15 @@ def check_json(path: Optional[str]) -> None:
         raise UsageError(f"--json {path}: there is no such folder; create it first")
 
 
-def write_json(path: str, report: dict, flag: str = "--json") -> None:
+def write_json(path: str, report: dict) -> None:
     """Write a report as a whole: a command that is killed leaves no half of it.
 
     Raises:
-        UsageError: it cannot be written; `flag` named the path.
+        UsageError: it cannot be written.
     """
     try:
         with open(f"{path}.writing", "w", encoding="utf-8") as file:
             json.dump(report, file, indent=2)
         os.replace(f"{path}.writing", path)
     except OSError as error:
-        raise UsageError(f"{flag} {path} cannot be written: {error.strerror}") from None
+        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None

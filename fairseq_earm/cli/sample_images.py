@@ -82,12 +82,13 @@ def _decoder(path: str):
     if not os.path.isfile(path):
         raise UsageError(f"--path {path}: there is no such file; give a checkpoint of fairseq-train")
     try:
-        kind = checkpoint_utils.load_checkpoint_to_cpu(path)["cfg"].task._name
+        state = checkpoint_utils.load_checkpoint_to_cpu(path, {"data": None})
+        kind = state["cfg"].task._name
     except (pickle.UnpicklingError, LookupError, RuntimeError, TypeError, AttributeError, ValueError, EOFError) as error:
         raise UsageError(f"--path {path}: no checkpoint of fairseq-train ({type(error).__name__})") from error
     if kind != TASK:
         raise UsageError(f"--path {path} is a model of task {kind}: a PNG takes one of {TASK}; for text give a folder as --output")
-    models, _, _ = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides={"data": None})
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task([path], state=state)
     decoder = models[0].eval().decoder
     if decoder.image_shape[2] not in (1, 3):
         raise UsageError(f"--path {path}: images of {decoder.image_shape[2]} colours; a PNG shows one or three")

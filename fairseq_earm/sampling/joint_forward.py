@@ -35,9 +35,8 @@ def forward_with_negatives(model, net_input: dict, decode_negatives: Callable) -
     def hand_out_both(module, inputs, output):
         return output, negative_output
 
-    inner = next(module for module in model.modules() if isinstance(module, BaseFairseqModel))
     decoder_hook = model.decoder.register_forward_hook(run_negatives)
-    hooks = [decoder_hook, inner.register_forward_hook(hand_out_both)]
+    hooks = [decoder_hook, unwrapped(model).register_forward_hook(hand_out_both)]
     if hasattr(model, "encoder"):
         hooks.append(model.encoder.register_forward_hook(keep_encoder_out))
     try:
@@ -45,3 +44,8 @@ def forward_with_negatives(model, net_input: dict, decode_negatives: Callable) -
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def unwrapped(model) -> BaseFairseqModel:
+    """The model inside of whatever wrappers distributed training put around it."""
+    return next(module for module in model.modules() if isinstance(module, BaseFairseqModel))

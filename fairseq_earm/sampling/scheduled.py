@@ -13,13 +13,14 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-from fairseq.models import BaseFairseqModel, FairseqDecoder
+from fairseq.models import FairseqDecoder
 from torch import Tensor, nn
 
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.ancestral import draw, without_padding
 from fairseq_earm.sampling.isolation import own_randomness
+from fairseq_earm.sampling.joint_forward import unwrapped
 from fairseq_earm.sampling.scoring import full_logits
 
 SCHEDULES = ("none", "constant", "linear", "exponential", "inverse-sigmoid")
@@ -161,8 +162,7 @@ def scheduled_sampling(model, probability: float, predictions: Predictions, *, g
     # inside of other hooks, in whatever order they come, and the first pass does not set them off.
     decoder = model.decoder
     passes = _TwoPasses(decoder, probability, predictions, given)
-    inner = next(module for module in model.modules() if isinstance(module, BaseFairseqModel))
-    hook = inner.register_forward_pre_hook(passes.begin)
+    hook = unwrapped(model).register_forward_pre_hook(passes.begin)
     decoder.forward = passes
     try:
         yield
