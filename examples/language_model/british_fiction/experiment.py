@@ -40,6 +40,7 @@ BRANCHES = {
     "control": ([*EARM, "--earm-start-update", "0", "--earm-control"], 1e-3),
     "control-2e-3": ([*EARM, "--earm-start-update", "0", "--earm-control"], 2e-3),
     "earm": ([*EARM, "--earm-start-update", "0"], 1e-3),
+    "control-last": ([*LAST_STEP, "--earm-start-update", "0", "--earm-control"], 1e-3),
     "earm-last": ([*LAST_STEP, "--earm-start-update", "0"], 1e-3),
 }
 STAGES = 4  # of the sweep
@@ -49,6 +50,7 @@ NAMES = {
     "control": "control, learning rate 1e-3",
     "control-2e-3": "control, learning rate 2e-3",
     "earm": "E-ARM, the paper's setting",
+    "control-last": "control of the last step alone",
     "earm-last": "E-ARM, λ = 1 on the last step alone",
     **{f"sweep-{stage}": f"E-ARM from stage {stage} of {STAGES} on" for stage in range(1, STAGES + 1)},
     "sweep-never": "cross-entropy all the time",
