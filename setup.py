@@ -16,13 +16,18 @@ setup(
             "fairseq==0.12.2; python_version < '3.11'",
         ],
         "plots": ["matplotlib"],
+        "evaluation": ["nltk", "rouge-score", "sacremoses"],  # fairseq-earm-evaluate's METEOR, ROUGE and --detokenize
+        "tensorboard": ["tensorboard"],  # curves from what fairseq-train --tensorboard-logdir wrote
         "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis"],
     },
     entry_points={
         "console_scripts": [
             "fairseq-earm-analyse = fairseq_earm.cli.analyse:main",
+            "fairseq-earm-evaluate = fairseq_earm.cli.evaluate:main",
+            "fairseq-earm-exposure-bias = fairseq_earm.cli.exposure_bias:main",
             "fairseq-earm-next = fairseq_earm.cli.next_token:main",
             "fairseq-earm-perplexity = fairseq_earm.cli.perplexity:main",
+            "fairseq-earm-report = fairseq_earm.cli.report:main",
             "fairseq-earm-sample = fairseq_earm.cli.sample:main",
             "fairseq-earm-tune = fairseq_earm.cli.tune:main",
         ]
