@@ -42,7 +42,7 @@ def test_every_command_stands_behind_what_it_needs(tmp_path):
         if "." in step.name:
             assert flag(step, "--path") == str(tmp_path / "out" / step.needs[0] / "checkpoint_last.pt")
     trained = {step.name: step for step in steps if "." not in step.name}
-    for name in ("cross-entropy", "control", "control-2e-3", "earm", "earm-last"):
+    for name in ("cross-entropy", "control", "control-2e-3", "earm", "control-last", "earm-last"):
         for seed in (1, 2):
             branch = trained[f"{name}-seed{seed}"]
             assert branch.needs == ("start",) and flag(branch, "--max-update") == "200" and flag(branch, "--seed") == str(seed)
@@ -50,7 +50,7 @@ def test_every_command_stands_behind_what_it_needs(tmp_path):
     entries = [flag(trained[f"sweep-{stage}"], "--earm-start-update") for stage in (1, 2, 3, 4)]
     assert entries == ["0", "100", "200", "300"] and "--earm-start-update" not in trained["sweep-never"].words
     assert all(flag(trained[f"sweep-{stage}"], "--max-update") == "400" for stage in (1, 2, 3, 4, "never"))
-    assert len(steps) == 3 * (1 + 2 * 5 + 5)
+    assert len(steps) == 3 * (1 + 2 * 6 + 5)
 
 
 def result(folder, name, test, gain, dv=(), seconds=10):

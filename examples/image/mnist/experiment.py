@@ -1,6 +1,6 @@
 """Gated PixelCNN on MNIST: a base by cross-entropy, then cross-entropy, the control and E-ARM from it; measure, print the table.
 
-    experiment.py run DATA OUTPUT [--seeds 1 2] [--jobs 2]
+    experiment.py run DATA OUTPUT [--levels 2] [--seeds 1 2] [--jobs 2]
     experiment.py table OUTPUT
 
 All of it stock commands on one thread each, printed so that they can be copied. What is finished is not done again, so a
@@ -23,7 +23,7 @@ from fairseq_earm.evaluation.plots import read_log  # noqa: E402
 
 TASK = ["--task", "earm_image_modeling", "--valid-images", "1000"]
 TRAINING = [
-    "--arch", "gated_pixel_cnn_tiny", *TASK, "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1", "--cpu",
+    "--arch", "gated_pixel_cnn_tiny", "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1", "--cpu",
     "--log-interval", "20", "--log-format", "json", "--no-progress-bar", "--no-epoch-checkpoints", "--num-workers", "0",
     "--disable-validation",
 ]
@@ -47,10 +47,12 @@ class Experiment:
     Args:
         data: folder with MNIST's idx files.
         output: folder of the checkpoints, logs, pictures and results.
+        levels: of a value.
     """
 
-    def __init__(self, data: Path, output: Path):
+    def __init__(self, data: Path, output: Path, levels: int = 256):
         self.data, self.output = data, output
+        self.task = [*TASK, "--image-levels", str(levels)]
 
     def steps(self, seeds: Sequence[int]) -> List[Step]:
         """For each seed a base, and from it every branch with every learning rate; all of them measured."""
@@ -71,11 +73,11 @@ class Experiment:
 
     def _train(self, name: str, flags: List[str], seed: int, needs: Sequence[str] = ()) -> Step:
         save = [f"--save-dir={self._checkpoint(name).parent}", "--seed", str(seed)]
-        return Step(name, ["fairseq-train", str(self.data), f"--user-dir={PLUGIN}", *TRAINING, *flags, *save], tuple(needs))
+        return Step(name, ["fairseq-train", str(self.data), f"--user-dir={PLUGIN}", *self.task, *TRAINING, *flags, *save], tuple(needs))
 
     def _measure(self, name: str) -> Step:
         """On the validation images and all test images."""
-        words = ["fairseq-validate", str(self.data), f"--user-dir={PLUGIN}", *TASK, "--path", str(self._checkpoint(name))]
+        words = ["fairseq-validate", str(self.data), f"--user-dir={PLUGIN}", *self.task, "--path", str(self._checkpoint(name))]
         words += ["--valid-subset", "valid,test", "--batch-size", "50", "--cpu", "--num-workers", "0", "--log-format", "json"]
         return Step(f"{name}.measure", words, (name,))
 
@@ -121,8 +123,10 @@ def print_table(output: Path) -> None:
 
 
 def main() -> None:
-    args = experiment_parser(__doc__)[0].parse_args()
-    run_experiment(args, lambda: Experiment(args.data, args.output).steps(args.seeds), print_table)
+    parser, run = experiment_parser(__doc__)
+    run.add_argument("--levels", type=int, default=256, help="of a value; 2 makes the images black and white")
+    args = parser.parse_args()
+    run_experiment(args, lambda: Experiment(args.data, args.output, args.levels).steps(args.seeds), print_table)
 
 
 if __name__ == "__main__":
