@@ -9,10 +9,10 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 import numpy as np
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.generated import tagged_line, text_lines
 
 RECIPE = "pass what fairseq-generate --task earm_translation --energy-rerank --beam N --nbest N printed, and its log"
 SETTINGS = re.compile(r"energy reranking: (\{.*\})")
-LINE = re.compile(r"([TDP])-(\d+)\t(.*)")
 # P-lines are rounded to 4 decimals; divided by a smaller weight than this, the rounding would drown log mu.
 SMALLEST_WEIGHT = 0.01
 BITS_TO_NATS = math.log(2)
@@ -75,15 +75,11 @@ def read_nbest(paths: Sequence[str], *, weight: Optional[float] = None, lenpen: 
 
 
 def _parse(path: str, printed: _Printed) -> None:
-    line = ""
-    try:
-        with open(path, encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                _take(line.rstrip("\n"), printed)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    except ValueError:
-        raise UsageError(f"{path}: a line without its numbers, {line[:60].rstrip()!r}: {RECIPE}") from None
+    for line in text_lines(path):
+        try:
+            _take(line, printed)
+        except ValueError:
+            raise UsageError(f"{path}: a line without its numbers, {line[:60]!r}: {RECIPE}") from None
 
 
 def _take(line: str, printed: _Printed) -> None:
@@ -91,10 +87,7 @@ def _take(line: str, printed: _Printed) -> None:
     settings = SETTINGS.search(line)
     if settings:
         printed.settings.update(json.loads(settings.group(1)))
-    match = LINE.fullmatch(line)
-    if not match:
-        return
-    kind, sentence, rest = match.group(1), int(match.group(2)), match.group(3)
+    kind, sentence, rest = tagged_line(line) or ("", 0, "")
     if kind == "T":
         if sentence in printed.references:
             raise UsageError(f"sentence {sentence} has two T-lines: pass the output of one run")
@@ -103,7 +96,7 @@ def _take(line: str, printed: _Printed) -> None:
         score, _, text = rest.partition("\t")
         printed.scores.setdefault(sentence, []).append(float(score))
         printed.texts.setdefault(sentence, []).append(text)
-    else:
+    elif kind == "P":
         printed.token_log_q.setdefault(sentence, []).append([float(value) for value in rest.split()])
 
 

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from fairseq_earm.cli.common import check_json, write_json
 from fairseq_earm.cli.nbest import NBest, read_nbest
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.text_scores import bleu_statistics, corpus_bleu
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
 LENPENS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
-ORDER = 4  # n-grams of BLEU
 Interval = Tuple[float, float]
 
 
@@ -45,33 +45,22 @@ def select(nbest: NBest, weight: float, lenpen: float) -> np.ndarray:
     return ((nbest.log_q + energy) / nbest.lengths**lenpen).argmax(1)
 
 
-def corpus_bleu(statistics: np.ndarray) -> float:
-    """sacreBLEU's corpus score from summed sentence statistics (2 + 2 · 4,): lengths, matches and totals per order."""
-    values = [int(value) for value in statistics]
-    return BLEU.compute_bleu(
-        correct=values[2 : 2 + ORDER], total=values[2 + ORDER :], sys_len=values[0], ref_len=values[1], smooth_method="exp"
-    ).score
-
-
 class SentenceStatistics:
     """BLEU's sufficient statistics of single candidates, computed when first asked for."""
 
     def __init__(self, nbest: NBest, tokenizer: str):
-        # The effective order changes a sentence's score only, which is not used.
-        self._metric = BLEU(tokenize=tokenizer, effective_order=True)
+        self._tokenizer = tokenizer
         self._nbest = nbest
-        self._known: Dict[Tuple[int, int], List[int]] = {}
+        self._known: Dict[Tuple[int, int], np.ndarray] = {}
 
     def __call__(self, choice: np.ndarray) -> np.ndarray:
         """(S, 2 + 2 · 4) statistics of the candidates chosen, (S,) indices."""
-        return np.array([self._of(sentence, int(index)) for sentence, index in enumerate(choice)], dtype=np.int64)
-
-    def _of(self, sentence: int, index: int) -> List[int]:
-        key = sentence, index
-        if key not in self._known:
-            score = self._metric.sentence_score(self._nbest.texts[sentence][index], [self._nbest.references[sentence]])
-            self._known[key] = [score.sys_len, score.ref_len, *score.counts, *score.totals]
-        return self._known[key]
+        chosen = [(sentence, int(index)) for sentence, index in enumerate(choice)]
+        new = [key for key in chosen if key not in self._known]
+        texts = [self._nbest.texts[sentence][index] for sentence, index in new]
+        references = [self._nbest.references[sentence] for sentence, _ in new]
+        self._known.update(zip(new, bleu_statistics(texts, [references], self._tokenizer)))
+        return np.array([self._known[key] for key in chosen])
 
 
 def tune(
