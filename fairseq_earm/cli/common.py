@@ -41,10 +41,10 @@ def text_task(dictionary: Dictionary, data: str) -> argparse.Namespace:
     )
 
 
-def check_json(path: Optional[str]) -> None:
-    """Refuse, before any work, a --json that cannot be written for want of a folder."""
+def check_json(path: Optional[str], *, flag: str = "--json") -> None:
+    """Refuse, before any work, a file for results that cannot be written for want of a folder."""
     if path and not os.path.isdir(os.path.dirname(path) or "."):
-        raise UsageError(f"--json {path}: there is no such folder; create it first")
+        raise UsageError(f"{flag} {path}: there is no such folder; create it first")
 
 
 def write_json(path: str, report: dict) -> None:

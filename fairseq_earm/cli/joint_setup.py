@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import os
 from typing import Any, Callable, List, NamedTuple, Optional
 
 import torch
-from fairseq import checkpoint_utils, tasks, utils
+from fairseq import utils
 from fairseq.models import FairseqEncoderDecoderModel
 
 from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task
@@ -17,6 +16,7 @@ from fairseq_earm.evaluation.joint_models import (
     LanguageJoint, OwnLanguageEnergies, TranslationJoint, network_energies, own_energies,
 )
 from fairseq_earm.evaluation.residual import JointModel
+from fairseq_earm.evaluation.translate import load_pairs, own_task, pairs_hash
 from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.ancestral import AncestralSampler, max_lengths
 from fairseq_earm.sampling.base_lm import load_base_lm
@@ -143,7 +143,7 @@ def _translation(args: argparse.Namespace) -> Measured:
         raise UsageError(
             f"--{flag} is for text of one language, with a dict.txt; {args.data} has none, and pairs have sources for prefixes"
         )
-    task = _translation_task(args)
+    task = own_task(args.path, args.data, flag="--path")
     base = load_frozen(args.path, task, flag="--path", dtype=dtype(args)).to(device(args)).model
     if not isinstance(base, FairseqEncoderDecoderModel):
         raise UsageError(f"--path {args.path} is a {type(base).__name__}: for pairs of sentences give an encoder-decoder model")
@@ -161,29 +161,13 @@ def _translation(args: argparse.Namespace) -> Measured:
         f"A source sentence is given, and the whole translation predicted, end-of-sentence included. Samples have at most "
         f"{args.max_len_a:g} times the source's length plus {args.max_len_b} tokens, which {_too_long(args, dataset, indices, base)} "
         "of the translations exceed. Padding has no probability.",
-        {"text_sha256": _pairs_hash(dataset, indices), "max_len_a": args.max_len_a, "max_len_b": args.max_len_b},
+        {"text_sha256": pairs_hash(dataset, indices), "max_len_a": args.max_len_a, "max_len_b": args.max_len_b},
     )
-
-
-def _translation_task(args: argparse.Namespace):
-    """The base's own task, on this data."""
-    if not os.path.isfile(args.path):
-        raise UsageError(f"--path {args.path}: there is no such file; give a checkpoint of fairseq-train")
-    try:
-        cfg = checkpoint_utils.load_checkpoint_to_cpu(args.path, {"data": args.data})["cfg"].task
-        return tasks.setup_task(cfg)
-    except Exception as error:  # fairseq raises whatever it likes at files that are no checkpoints, and without dictionaries
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"--path {args.path}: not a checkpoint that can be used with {args.data} ({reason})") from error
 
 
 def _pairs(args: argparse.Namespace, task, base) -> tuple:
     """The split's dataset, and the numbers of the pairs that the model has positions for."""
-    try:
-        task.load_dataset(args.gen_subset)
-    except FileNotFoundError as error:
-        raise UsageError(f"--gen-subset {args.gen_subset}: {args.data} has no such split") from error
-    dataset = task.dataset(args.gen_subset)
+    dataset = load_pairs(task, args.data, args.gen_subset)
     limits = base.max_positions()
     everything = torch.arange(len(dataset)).numpy()
     kept = sorted(dataset.filter_indices_by_size(everything, limits)[0].tolist())
@@ -205,15 +189,6 @@ def _too_long(args: argparse.Namespace, dataset, indices: List[int], base) -> in
     """Translations longer than the longest sample: the joint model has no probability for them."""
     sources, targets = (torch.as_tensor(sizes)[indices] for sizes in (dataset.src_sizes, dataset.tgt_sizes))
     return int((targets > max_lengths(sources, args.max_len_a, args.max_len_b, base.decoder)).sum())
-
-
-def _pairs_hash(dataset, indices: List[int]) -> str:
-    digest = hashlib.sha256()
-    for index in indices:
-        pair = dataset[index]
-        for side in ("source", "target"):
-            digest.update(pair[side].long().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def spread(count: int, maximum: Optional[int]) -> List[int]:
