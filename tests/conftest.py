@@ -6,7 +6,7 @@ import torch
 
 import fairseq_earm  # noqa: F401  (mends the installed versions)
 from fairseq_earm.compat_versions import warn_once
-from tests import tiny_energy, tiny_language, tiny_translation
+from tests import tiny_energy, tiny_language, tiny_logs, tiny_translation
 
 torch.set_num_threads(1)
 
@@ -42,6 +42,12 @@ def text(tmp_path_factory):
 def energy(text, tmp_path_factory):
     """Checkpoint of an energy network trained on the residual of `text.base`, see `tiny_energy.build_energy`."""
     return tiny_energy.build_energy(text, tmp_path_factory.mktemp("energy"))
+
+
+@pytest.fixture(scope="session")
+def logged(tiny, tmp_path_factory):
+    """A run on `tiny`'s text with all of fairseq's logs, see `tiny_logs.build`."""
+    return tiny_logs.build(tiny, tmp_path_factory.mktemp("logged"))
 
 
 @pytest.fixture

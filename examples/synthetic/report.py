@@ -96,7 +96,7 @@ def translations(log: Path, sentences: int) -> List[tuple]:
 
 def seconds_per_update(log: Path) -> float:
     """Median over the log's intervals, which leaves out the ones that hold a validation or the start."""
-    from fairseq_earm.evaluation.plots import read_log
+    from fairseq_earm.evaluation.training_log import read_log
 
     records = read_log(log)
     inner = [1 / r["ups"] for r in records.get("train_inner", []) if r.get("ups")]
@@ -150,7 +150,7 @@ def grid_table(rows: Sequence[dict]) -> str:
 
 def draw(output: Path, size: settings.Size) -> List[Path]:
     """Figures of training, energies and weights."""
-    from fairseq_earm.evaluation import plots
+    from fairseq_earm.evaluation import curves, plots
 
     folders = {title: [output / "runs" / f"seed{s}" / name for s in size.seeds] for name, title in titles(size).items()}
     branches = {title: [f / "train.log" for f in found] for title, found in folders.items() if title != "base"}
@@ -158,9 +158,9 @@ def draw(output: Path, size: settings.Size) -> List[Path]:
     files = [output / name for name in ("training.png", "training-base.png", "energies.png", "weights.png")]
     valid = ("valid", "nll_loss", "valid NLL of q (bits per token)")
     panels = [valid, ("train_inner", "earm_dv", "DV bound on training batches (nats)")]
-    plots.training_curves(branches, [*panels, ("train_inner", "earm_ess", "ESS share of weights")], files[0], "Branches")
+    curves.training_curves(branches, [*panels, ("train_inner", "earm_ess", "ESS share of weights")], files[0], "Branches")
     base = {"base": [f / "train.log" for f in folders["base"]]}
-    plots.training_curves(base, [("train_inner", "loss", "training loss (bits per token)"), valid], files[1], "Base models")
+    curves.training_curves(base, [("train_inner", "loss", "training loss (bits per token)"), valid], files[1], "Base models")
     energies = {title: (m["energies_data"], m["energies_samples"]) for title, m in first.items()}
     shown = ["base", *(settings.BRANCHES[key].title for key in size.branches if settings.BRANCHES[key].control)]
     plots.energy_histograms({t: energies[t] for t in shown}, files[2], f"Energies on test data, seed {size.seeds[0]}")

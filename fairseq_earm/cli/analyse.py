@@ -6,7 +6,7 @@ import json
 import os
 from typing import List, Optional, Sequence
 
-from fairseq_earm.cli import text_report
+from fairseq_earm.cli import case_study, convergence, text_report
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.ab_page import choose_pairs, page_and_key
 from fairseq_earm.evaluation.preference import binomial_p_value, preference
@@ -28,6 +28,8 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     text_report.add_flags(add("report", "data beside samples of a base and its joint model, in numbers, figures and texts"))
+    convergence.add_flags(add("convergence", "cross-entropy on training and test data by epoch, of several runs"))
+    case_study.add_flags(add("cases", "single translations of several systems on a page, the energy of every token as a colour"))
     export = add("ab-export", "a page on which people choose between the texts of two systems, not knowing which is whose")
     export.add_argument("a", metavar="A.txt", help="texts of system A, the one hoped to be better, one a line")
     export.add_argument("b", metavar="B.txt", help="texts of system B, line by line after the same prefixes")

@@ -1,11 +1,9 @@
-"""Figures of training runs, drawn from fairseq's own log (`--log-format json`), and of texts and joint models; PNG."""
+"""Figures of texts and of joint models; PNG."""
 from __future__ import annotations
 
-import json
 import logging
-import re
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Mapping, Optional, Sequence, Tuple, Union
 
 # Importing fairseq may leave the root logger at DEBUG, and matplotlib then reports every font it looks at.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -18,89 +16,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 PathLike = Union[str, Path]
-# One record of a log: what kind ("train_inner", "train", "valid"), then a JSON object.
-RECORD = re.compile(r"(?<![\w.])(train_inner|train|valid\w*|test)[ |:]+(\{\".*\})\s*$")
 COLOURS = plt.get_cmap("tab10").colors
 # Okabe and Ito's colours, which colour-blind people tell apart; each with a line and a hatch of its own.
 SOURCES = {"data": ("#000000", "-", ""), "base": ("#E69F00", "--", "//"), "joint": ("#0072B2", ":", "..")}
-
-
-def read_log(path: PathLike) -> Dict[str, List[Dict[str, float]]]:
-    """The records of a fairseq log in JSON format, by kind, in order.
-
-    Keys of "train" and "valid" records lose that prefix, so that `num_updates` and `nll_loss` are found everywhere.
-    fairseq's `loss`, `nll_loss` and `ppl` are in base 2, per token. Lines that are no records are passed over.
-    """
-    records: Dict[str, List[Dict[str, float]]] = {}
-    for line in Path(path).read_text(errors="replace").splitlines():
-        match = RECORD.search(line)
-        if match is None:
-            continue
-        kind, values = match.group(1), json.loads(match.group(2))
-        values = {key[len(kind) + 1:] if key.startswith(kind + "_") else key: value for key, value in values.items()}
-        records.setdefault(kind, []).append({key: float(value) for key, value in values.items() if is_number(value)})
-    return records
-
-
-def is_number(value) -> bool:
-    """Whether a log's value, a number or its text, is one."""
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def series(records: Sequence[Mapping[str, float]], key: str) -> Tuple[List[float], List[float]]:
-    """Updates and values of one key, where it was logged."""
-    points = [(r["num_updates"], r[key]) for r in records if key in r and "num_updates" in r]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def training_curves(
-    logs: Mapping[str, Sequence[PathLike]], panels: Sequence[Tuple[str, str, str]], path: PathLike, title: str = "",
-) -> None:
-    """One panel per logged key, one colour per label, a thin line for each run and a thick one for the mean of several.
-
-    Args:
-        logs: label → logs of its runs (seeds).
-        panels: (kind of record, key, axis label).
-        path: PNG to write.
-    """
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, layout="constrained")
-    runs = {label: [read_log(log) for log in paths] for label, paths in logs.items()}
-    for axis, (kind, key, name) in zip(axes[0], panels):
-        for colour, (label, records) in zip(COLOURS, runs.items()):
-            _draw_runs(axis, [series(r.get(kind, []), key) for r in records], label, colour)
-        axis.set(xlabel="update", ylabel=name)
-        if key.endswith("dv"):
-            axis.axhline(0, color="black", linewidth=0.8)
-        _tidy(axis)
-    handles, labels = _legend(axes[0])
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))), frameon=False)
-    _save(figure, path, title)
-
-
-def _draw_runs(axis, runs: Sequence[Tuple[List[float], List[float]]], label: str, colour) -> None:
-    runs = [(x, y) for x, y in runs if x]
-    if not runs:
-        return
-    same_updates = all(x == runs[0][0] for x, _ in runs)
-    mean = [sum(values) / len(runs) for values in zip(*(y for _, y in runs))] if same_updates else None
-    for x, y in runs:
-        alone = mean is None or len(runs) == 1
-        axis.plot(x, y, color=colour, linewidth=1.8 if alone else 0.6, alpha=1 if alone else 0.4, label=label if alone else None)
-    if mean is not None and len(runs) > 1:
-        axis.plot(runs[0][0], mean, color=colour, linewidth=2, label=label)
-
-
-def _legend(axes) -> Tuple[list, list]:
-    """Every label once, whichever panels it appears in."""
-    found = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels()):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
 
 
 def energy_histograms(
@@ -123,9 +41,9 @@ def energy_histograms(
             axis.hist(values, bins=bins, range=limits, density=True, alpha=0.5, color=colour, label=name)
             axis.axvline(sum(values) / len(values), color=colour, linewidth=1.5, linestyle="--")
         axis.set(title=label, xlabel="energy −log μ (nats); dashed: mean", ylabel="density")
-        _tidy(axis)
+        tidy(axis)
     axes[0][0].legend(frameon=False)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def effective_sample_sizes(shares: Mapping[str, Sequence[float]], samples: int, path: PathLike, title: str = "") -> None:
@@ -141,8 +59,8 @@ def effective_sample_sizes(shares: Mapping[str, Sequence[float]], samples: int, 
     axis.set_xticks(range(1, len(shares) + 1), [label.replace(", ", ",\n") for label in shares], fontsize=8)
     axis.set(ylim=(0, 1.02), ylabel=f"effective sample size / {samples}")
     axis.set_xlabel("box: quartiles over sources; whiskers: 5 and 95 %", fontsize=8)
-    _tidy(axis)
-    _save(figure, path, title)
+    tidy(axis)
+    save(figure, path, title)
 
 
 def unique_ngrams(shares: Mapping[str, Mapping[str, Optional[float]]], path: PathLike, title: str = "") -> None:
@@ -168,8 +86,8 @@ def unique_ngrams(shares: Mapping[str, Mapping[str, Optional[float]]], path: Pat
     axis.set_xticks(range(len(orders)), [f"{n}-grams" for n in orders])
     axis.set(ylabel="distinct n-grams, % of all", ylim=(0, 112))
     axis.legend(frameon=False, ncols=3, loc="upper center")
-    _tidy(axis)
-    _save(figure, path, title)
+    tidy(axis)
+    save(figure, path, title)
 
 
 def log_probability_densities(log_probs: Mapping[str, Mapping[str, Mapping]], path: PathLike, title: str = "") -> None:
@@ -192,9 +110,9 @@ def log_probability_densities(log_probs: Mapping[str, Mapping[str, Mapping]], pa
             axis.axvline(figures["mean"], linewidth=1, **style)
         axis.set(title=f"under the {model} model", xlabel="log-probability of a continuation (nats); vertical: mean", ylim=(0, None))
         axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-        _tidy(axis)
+        tidy(axis)
     axes[0][0].set_ylabel("density")
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def kernel_density(values: Sequence[float], grid: np.ndarray) -> np.ndarray:
@@ -223,8 +141,8 @@ def gain_by_position(steps: Sequence[Mapping[str, float]], path: PathLike, title
     axis.set(xlabel="token of the continuation", ylabel="joint model's perplexity below the base's, %")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, fontsize=8)
-    _tidy(axis)
-    _save(figure, path, title)
+    tidy(axis)
+    save(figure, path, title)
 
 
 def estimates_by_samples(joint: Sequence[Mapping[str, float]], base: float, path: PathLike, title: str = "") -> None:
@@ -247,21 +165,23 @@ def estimates_by_samples(joint: Sequence[Mapping[str, float]], base: float, path
     axis.minorticks_off()
     axis.set_xticks(samples, [f"{n:,}" for n in samples])
     axis.legend(frameon=False, fontsize=8)
-    _tidy(axis)
-    _save(figure, path, title)
+    tidy(axis)
+    save(figure, path, title)
 
 
 def _of(source: str) -> str:
     return source if source == "data" else f"{source} samples"
 
 
-def _tidy(axis) -> None:
+def tidy(axis) -> None:
+    """A grid, and no frame above and to the right."""
     axis.grid(alpha=0.3)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
-def _save(figure, path: PathLike, title: str) -> None:
+def save(figure, path: PathLike, title: str) -> None:
+    """Write the figure, and forget it."""
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)

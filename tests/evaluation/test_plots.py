@@ -1,5 +1,4 @@
-"""The log reader's numbers, and that figures are written and show something."""
-import json
+"""That figures are written and show something."""
 import random
 
 import numpy as np
@@ -12,42 +11,9 @@ from matplotlib.image import imread  # noqa: E402
 from fairseq_earm.evaluation import plots  # noqa: E402
 
 
-@pytest.fixture
-def log(tmp_path):
-    inner = [{"epoch": 1, "loss": str(4 - n / 100), "earm_dv": str(n / 1000), "num_updates": str(n), "note": "x"} for n in (50, 100)]
-    lines = ["2025-01-01 10:00:00 | INFO | fairseq_cli.train | training on 1 devices {not a record}"]
-    lines += ["2025-01-01 10:00:00 | INFO | fairseq_cli.train | {'_name': None, 'num_updates': 3}"]
-    lines += [f"2025-01-01 10:00:01 | INFO | train_inner | {json.dumps(record)}" for record in inner]
-    lines += ['2025-01-01 10:00:02 | INFO | valid | {"epoch": 1, "valid_nll_loss": "2.5", "valid_num_updates": "100"}']
-    path = tmp_path / "train.log"
-    path.write_text("\n".join(lines))
-    return path
-
-
-def test_read_log_by_kind_without_prefixes(log):
-    records = plots.read_log(log)
-    assert plots.series(records["train_inner"], "loss") == ([50, 100], [3.5, 3.0])
-    assert plots.series(records["valid"], "nll_loss") == ([100], [2.5])
-    assert plots.series(records["train_inner"], "absent") == ([], [])
-    assert set(records) == {"train_inner", "valid"}
-
-
-def test_read_log_of_plain_handlers(tmp_path):
-    path = tmp_path / "plain.log"
-    path.write_text('INFO:valid_extra:{"epoch": 1, "valid_extra_loss": "2.5", "valid_extra_num_updates": "3"}\n')
-    assert plots.read_log(path) == {"valid_extra": [{"epoch": 1.0, "loss": 2.5, "num_updates": 3.0}]}
-
-
 def is_drawn(path):
     picture = imread(path)
     return picture.shape[0] > 200 and picture.shape[1] > 200 and picture.std() > 0.01
-
-
-def test_training_curves(log, tmp_path):
-    target = tmp_path / "curves.png"
-    panels = [("valid", "nll_loss", "valid NLL"), ("train_inner", "earm_dv", "DV")]
-    plots.training_curves({"one": [log], "two": [log, log]}, panels, target, "title")
-    assert is_drawn(target)
 
 
 def test_energy_histograms(tmp_path):

@@ -56,7 +56,7 @@ def test_numbers_agree_with_each_other_and_with_the_language(run):
 
 def test_nll_is_what_fairseq_validates(run):
     output, _ = run
-    from fairseq_earm.evaluation.plots import read_log
+    from fairseq_earm.evaluation.training_log import read_log
 
     folder = output / "runs" / "seed1" / "earm"
     tokens = sum(len(t) + 1 for _, t in language.sample_pairs(settings.QUICK.valid, seed=2))

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
 from steps import Step, experiment_parser, run_experiment, spread  # noqa: E402
 
-from fairseq_earm.evaluation.plots import read_log  # noqa: E402
+from fairseq_earm.evaluation.training_log import read_log  # noqa: E402
 
 TASK = ["--task", "earm_image_modeling", "--valid-images", "1000"]
 TRAINING = [
