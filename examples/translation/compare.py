@@ -1,10 +1,13 @@
-"""Compare ways to go on from one checkpoint: train, measure and translate, then print a table.
+"""Compare ways to train from one checkpoint, or from the beginning: train, measure and translate, then print a table.
 
-    compare.py run SPEC.json DATA CHECKPOINT OUTPUT [--branches A B] [--seeds 1 2 3] [--jobs 2]
-    compare.py table SPEC.json OUTPUT --against BRANCH
+    compare.py run SPEC.json DATA CHECKPOINT OUTPUT [--branches A B] [--seeds 1 2 3] [--jobs 2] [--against BRANCH]
+    compare.py table SPEC.json OUTPUT [--against BRANCH]
 
-The spec holds the flags that all branches share, and each branch's own (multi30k/branches.json). What is finished is
-not done again, so a run that was stopped goes on where it was. `measure` is what `run` calls for every model.
+CHECKPOINT is what every branch goes on from; `-` trains each from the beginning. The spec (multi30k/branches.json) holds the
+flags that all branches share (`train`), how long they train (`updates`, or `epochs`), how they translate (`generate`: flags,
+or a name and flags for each of several ways) and each branch's own flags, with `updates` or `epochs` of its own if it has
+them. `against`, for all or in a branch, names the branch that BLEU is compared with. What is finished is not done again, so a
+run that was stopped goes on where it was. `measure` is what `run` calls for every model.
 """
 from __future__ import annotations
 
@@ -13,57 +16,122 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import List
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "fairseq_earm"
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from compare_table import print_table  # noqa: E402
+from compare_table import generations, print_table  # noqa: E402
 from steps import command, done  # noqa: E402
+
+from fairseq_earm.errors import UsageError  # noqa: E402
+
+BEGINNING = Path("-")
+AGAINST = "branch that all BLEU differences are taken to (default: what the spec says)"
+
+
+def read_spec(path: Path) -> dict:
+    """What a spec says.
+
+    Raises:
+        UsageError: a file that is no spec, or that names a branch which it does not have.
+    """
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
+    missing = [key for key in ("train", "generate", "samples", "branches") if not spec.get(key)]
+    if missing:
+        raise UsageError(f"{path} has no {', '.join(missing)}; multi30k/branches.json is an example")
+    for name, branch in spec["branches"].items():
+        if "flags" not in branch:
+            raise UsageError(f"{path}: branch {name} has no flags; give it the criterion's and the learning rate, or []")
+        _length(spec, branch, f"{path}: branch {name}")
+    for name in [spec.get("against"), *(branch.get("against") for branch in spec["branches"].values())]:
+        check_branches(spec, f"{path}, against:", [name] if name else [])
+    for name in [*spec["branches"], *(spec["generate"] if isinstance(spec["generate"], dict) else [])]:
+        if "/" in name:
+            raise UsageError(f"{path}: {name} names files, so it cannot hold a slash")
+    return spec
+
+
+def check_branches(spec: dict, where: str, names: List[str]) -> None:
+    """
+    Raises:
+        UsageError: a name that the spec does not have.
+    """
+    for name in names:
+        if name not in spec["branches"]:
+            raise UsageError(f"{where} {name} is no branch of the spec; it has {', '.join(spec['branches'])}")
+
+
+def _length(spec: dict, branch: dict, where: str) -> List[str]:
+    """Flags that say how long a branch trains: the branch's own updates or epochs before the spec's."""
+    own = branch if {"updates", "epochs"} & branch.keys() else spec
+    if ("updates" in own) == ("epochs" in own):
+        found = "both updates and epochs" if "updates" in own else "neither updates nor epochs"
+        raise UsageError(f"{where} has {found}: give one of them")
+    if "epochs" in own:
+        return ["--max-epoch", str(own["epochs"])]
+    return ["--max-update", str(own["updates"]), "--total-num-update", str(own["updates"])]
 
 
 def run(args) -> None:
-    """Every branch with every seed, `--jobs` at a time."""
-    spec = json.loads(args.spec.read_text())
+    """Every branch with every seed, `--jobs` at a time, and the table."""
+    spec = read_spec(args.spec)
     names = args.branches or list(spec["branches"])
+    check_branches(spec, "--branches:", names)
+    check_branches(spec, "--against:", [args.against] if args.against else [])
+    if not args.data.is_dir():
+        raise UsageError(f"{args.data}: no such folder of binary data; run the recipe's prepare.sh first")
+    if args.checkpoint != BEGINNING and not args.checkpoint.is_file():
+        raise UsageError(f"{args.checkpoint}: no such checkpoint; train the base model first, or give - to train from the beginning")
     jobs = [(seed, name) for seed in args.seeds for name in names]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: run_one(spec, args, *job), jobs))
+    print_table(spec, args.output, args.against)
 
 
 def run_one(spec: dict, args, seed: int, name: str) -> None:
     """Train one branch unless its checkpoint is there, then measure and translate unless that was done."""
     branch, folder = spec["branches"][name], args.output / name / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    updates = str(branch.get("updates", spec["updates"]))
-    checkpoint = folder / "checkpoint_last.pt"
     if not done(folder / "train.log"):
-        for left_over in folder.glob("checkpoint*.pt"):
-            left_over.unlink()  # fairseq would go on from it without the optimizer's state, for all the updates once more
         command(
-            ["fairseq-train", str(args.data), f"--user-dir={PLUGIN}", f"--finetune-from-model={args.checkpoint}",
-             f"--save-dir={folder}", "--no-epoch-checkpoints", "--no-save-optimizer-state", "--seed", str(seed),
-             "--max-update", updates, "--total-num-update", updates, "--log-format", "json", "--no-progress-bar",
-             *spec["train"], *branch["flags"]],
+            ["fairseq-train", str(args.data), f"--user-dir={PLUGIN}", *start_flags(args.checkpoint, folder),
+             f"--save-dir={folder}", "--no-epoch-checkpoints", "--seed", str(seed), *_length(spec, branch, name),
+             "--log-format", "json", "--no-progress-bar", *spec["train"], *branch["flags"]],
             folder / "train.log",
         )
-    judge(spec, args, folder, checkpoint, branch.get("energy_step", "last"))
+    judge(spec, args, folder, seed, branch.get("energy_step", "last"))
 
 
-def judge(spec: dict, args, folder: Path, checkpoint: Path, energy_step: str) -> None:
-    """Likelihoods, and translations of the test set in the stock order."""
+def start_flags(checkpoint: Path, folder: Path) -> List[str]:
+    """Where a training starts: from the beginning or, after a kill, where it was; or once more from the checkpoint."""
+    if checkpoint == BEGINNING:
+        return []
+    for left_over in folder.glob("checkpoint*.pt"):
+        left_over.unlink()  # fairseq would go on from it without the optimizer's state, for all the updates once more
+    return [f"--finetune-from-model={checkpoint}", "--no-save-optimizer-state"]
+
+
+def judge(spec: dict, args, folder: Path, seed: int, energy_step: str) -> None:
+    """Likelihoods, and the test set translated in every way of the spec."""
+    checkpoint = folder / "checkpoint_last.pt"
     if not done(folder / "measure.log"):
         command(
             [sys.executable, __file__, "measure", str(args.data), str(checkpoint), str(folder / "measure.json"),
              "--energy-step", energy_step, "--samples", str(spec["samples"])],
             folder / "measure.log",
         )
-    if not done(folder / "test.log"):
-        command(
-            ["fairseq-generate", str(args.data), f"--user-dir={PLUGIN}", "--task", "earm_translation",
-             f"--path={checkpoint}", "--no-progress-bar", *spec["generate"]],
-            folder / "test.log",
-        )
+    for name, flags in generations(spec).items():
+        if not done(folder / f"{name}.log"):
+            command(
+                ["fairseq-generate", str(args.data), f"--user-dir={PLUGIN}", "--task", "earm_translation",
+                 f"--path={checkpoint}", "--seed", str(seed), "--no-progress-bar", *flags],
+                folder / f"{name}.log",
+            )
 
 
 def measure(args) -> None:
@@ -89,19 +157,22 @@ def measure(args) -> None:
 
 
 def table(args) -> None:
-    spec = json.loads(args.spec.read_text())
-    print_table(spec, args.output, args.against)
+    """The table of what has finished."""
+    print_table(read_spec(args.spec), args.output, args.against)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("run")
-    for name in ("spec", "data", "checkpoint", "output"):
+    for name in ("spec", "data"):
         one.add_argument(name, type=Path)
+    one.add_argument("checkpoint", type=Path, help="what every branch goes on from; - for none")
+    one.add_argument("output", type=Path)
     one.add_argument("--branches", nargs="+", help="default: all of the spec")
     one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     one.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
+    one.add_argument("--against", help=AGAINST)
     one.set_defaults(function=run)
     one = commands.add_parser("measure")
     one.add_argument("data")
@@ -113,7 +184,7 @@ def main() -> None:
     one = commands.add_parser("table")
     one.add_argument("spec", type=Path)
     one.add_argument("output", type=Path)
-    one.add_argument("--against", required=True, help="branch that BLEU differences are taken to")
+    one.add_argument("--against", help=AGAINST)
     one.set_defaults(function=table)
     args = parser.parse_args()
     args.function(args)

@@ -2,23 +2,22 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
 from steps import done, spread
 
-from fairseq_earm.cli.tune import corpus_bleu
 from fairseq_earm.errors import UsageError
-from fairseq_earm.evaluation.plots import read_log
+from fairseq_earm.evaluation.generated import read_generated
+from fairseq_earm.evaluation.training_log import read_log
+from fairseq_earm.evaluation.significance import paired_bootstrap
+from fairseq_earm.evaluation.text_scores import bleu_statistics, corpus_bleu
 
 COLUMNS = ["valid_nll", "nll", "dv", "temperature", "joint_nll", "sample_length"]
 TITLES = ["valid NLL", "test NLL", "DV", "β", "joint NLL", "sample length"]
-RESAMPLES = 1000
 Statistics = Dict[str, np.ndarray]
 
 
@@ -40,8 +39,8 @@ def print_table(spec: dict, output: Path, against: Optional[str] = None) -> None
     Raises:
         UsageError: `against` has no results; a generation's log that lacks sentences.
     """
-    found = {name: {log: bleu_statistics(output / name, log) for log in generations(spec)} for name in spec["branches"]}
-    found = {name: systems for name, systems in found.items() if all(systems.values())}
+    found = {name: finished(output / name, list(generations(spec))) for name in spec["branches"]}
+    found = {name: systems for name, systems in found.items() if systems}
     if against is not None and against not in found:
         raise UsageError(f"--against {against}: no such branch with results in {output}; name one that has run")
     opponents = {name: against or spec["branches"][name].get("against", spec.get("against")) for name in found}
@@ -56,7 +55,8 @@ def print_table(spec: dict, output: Path, against: Optional[str] = None) -> None
             cells.append(bleu_cell(system))
             if any(opponents.values()):
                 cells.append(_gain(name, opponents, found, log))
-        print(_line([*cells, _seconds([output / name / seed / "train.log" for seed in seeds])]))
+        seconds = [value for seed in seeds for value in update_seconds(output / name / seed / "train.log")]
+        print(_line([*cells, spread(seconds, 2)]))
 
 
 def _header(spec: dict, opponents: Dict[str, Optional[str]]) -> List[str]:
@@ -85,10 +85,17 @@ def _line(cells: List[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def bleu_statistics(folder: Path, name: str = "test") -> Statistics:
+def finished(folder: Path, logs: Sequence[str]) -> Dict[str, Statistics]:
+    """Log name → BLEU statistics of the seeds whose logs are all finished; empty where no seed has them."""
+    systems = {log: bleu_of_seeds(folder, log) for log in logs}
+    seeds = [seed for seed in systems[logs[0]] if all(seed in system for system in systems.values())]
+    return {log: {seed: system[seed] for seed in seeds} for log, system in systems.items()} if seeds else {}
+
+
+def bleu_of_seeds(folder: Path, name: str = "test") -> Statistics:
     """Seed → (S, 10) BLEU statistics of every test sentence, in the test set's order, from the finished seed*/NAME.log."""
     logs = [log for log in sorted(folder.glob(f"seed*/{name}.log")) if done(log)]
-    return {log.parent.name: sentence_statistics(log.read_text()) for log in logs}
+    return {log.parent.name: sentence_statistics(log) for log in logs}
 
 
 def bleu_cell(seeds: Statistics) -> str:
@@ -96,45 +103,24 @@ def bleu_cell(seeds: Statistics) -> str:
     return spread([corpus_bleu(rows.sum(0)) for rows in seeds.values()], 2)
 
 
-def sentence_statistics(text: str) -> np.ndarray:
-    """Statistics of each sentence's first D-line against its T-line."""
-    references, hypotheses = {}, {}
-    for kind, number, rest in re.findall(r"^([TD])-(\d+)\t(.*)$", text, flags=re.MULTILINE):
-        if kind == "T":
-            references[int(number)] = rest
-        else:
-            hypotheses.setdefault(int(number), rest.split("\t", 1)[1])
-    if references.keys() != hypotheses.keys():
-        raise SystemExit("not every sentence was translated")
-    metric = BLEU(tokenize="none", effective_order=True)
-    scores = [metric.sentence_score(hypotheses[i], [references[i]]) for i in sorted(references)]
-    return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores])
+def sentence_statistics(log: Path) -> np.ndarray:
+    """(S, 10) statistics of each sentence's translation against its reference, on the text as it is tokenised."""
+    found = read_generated(str(log))
+    if found.references is None:
+        raise UsageError(f"{log} holds no references (T-lines): generate from data with a target side")
+    return bleu_statistics(found.detokenised, [found.references], "none")
 
 
 def difference(seeds: Statistics, reference: Statistics) -> str:
-    """Mean BLEU difference over the seeds both have, its 95 % interval over test sentences, and p (two-sided).
-
-    Sentences are drawn anew for all seeds together, so that the interval is that of the mean over these seeds.
-    """
+    """Mean BLEU difference over the seeds both have, and its 95 % interval over test sentences."""
     shared = [seed for seed in seeds if seed in reference]
     if not shared:
         return ""
-    generator = np.random.default_rng(1)
-    count = len(seeds[shared[0]])
-
-    def gain(rows) -> float:
-        return statistics.mean(corpus_bleu(seeds[s][rows].sum(0)) - corpus_bleu(reference[s][rows].sum(0)) for s in shared)
-
-    drawn = np.array([gain(generator.integers(count, size=count)) for _ in range(RESAMPLES)])
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    p = min(1.0, 2 * min((drawn <= 0).mean(), (drawn >= 0).mean()))
-    return f"{gain(np.arange(count)):+.2f} [{low:+.2f}, {high:+.2f}], p = {p:.2f}"
+    gain = paired_bootstrap([seeds[seed] for seed in shared], [reference[seed] for seed in shared], corpus_bleu)
+    return f"{gain.difference:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
 
 
-def _seconds(logs: List[Path]) -> str:
-    return spread([update_seconds(log) for log in logs], 2)
-
-
-def update_seconds(log: Path) -> float:
-    """Median seconds per update over the log's intervals."""
-    return statistics.median(1 / float(record["ups"]) for record in read_log(log)["train_inner"] if float(record["ups"]) > 0)
+def update_seconds(log: Path) -> List[float]:
+    """The median of seconds per update over the log's intervals; none where it has none, as after a kill at the very end."""
+    rates = [float(record["ups"]) for record in read_log(log).get("train_inner", [])]
+    return [statistics.median(1 / rate for rate in rates if rate > 0)] if any(rates) else []

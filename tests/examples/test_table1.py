@@ -52,6 +52,16 @@ def test_combinations_differ_in_nothing_but_their_factors():
     assert len({tuple(flags) for flags in schedules if flags}) == 1
 
 
+def test_every_row_with_energy_is_compared_with_its_own_control():
+    """And a control with the row that it adds likelihood terms to."""
+    for name, (smoothing, scheduled, energy) in ((name, factors(branch["flags"])) for name, branch in SPEC["branches"].items()):
+        if energy:
+            other = factors(SPEC["branches"][SPEC["branches"][name]["against"]]["flags"])
+            assert other == (smoothing, scheduled, 2 if energy == 1 else 0)
+    beams = {name: int(value(flags, "--beam", "")) for name, flags in SPEC["generate"].items()}
+    assert beams == {"beam-1": 1, "beam-5": 5}
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Data, and a checkpoint that one update was made for."""
@@ -77,11 +87,11 @@ def test_a_branch_becomes_a_row_of_the_table(start, tmp_path, monkeypatch, capsy
     where = [tmp_path / "spec.json", *start, tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", list(map(str, ["compare.py", "run", *where, "--branches", "ls-ss-earm", "--seeds", 1])))
     compare.main()
-    capsys.readouterr()
-    table = ["compare.py", "table", tmp_path / "spec.json", tmp_path / "out", "--against", "ls-ss-earm"]
-    monkeypatch.setattr(sys, "argv", list(map(str, table)))
+    titles, *_, row = capsys.readouterr().out.splitlines()[-3:]
+    assert row.startswith("| ls-ss-earm | 1 |") and "BLEU beam-1" in titles and "BLEU beam-5" in titles
+    monkeypatch.setattr(sys, "argv", list(map(str, ["compare.py", "table", tmp_path / "spec.json", tmp_path / "out"])))
     compare.main()
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| ls-ss-earm | 1 |")
+    assert capsys.readouterr().out.splitlines() == [titles, *_, row]
 
 
 def test_the_readmes_commands_are_taken(monkeypatch):
@@ -96,4 +106,4 @@ def test_the_readmes_commands_are_taken(monkeypatch):
         compare.main()
     run, table = taken
     assert run.spec.resolve() == table.spec.resolve() == FOLDER / "branches.json"
-    assert run.output == table.output and table.against in SPEC["branches"]
+    assert run.output == table.output and run.against is table.against is None

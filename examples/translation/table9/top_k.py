@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PLUGIN = ROOT / "fairseq_earm"
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "examples" / "translation")]
 
-from compare_table import bleu_cell, bleu_statistics, difference  # noqa: E402
+from compare_table import bleu_cell, bleu_of_seeds, difference  # noqa: E402
 from steps import Step, experiment_parser, run_experiment  # noqa: E402
 
 from fairseq_earm.errors import UsageError  # noqa: E402
@@ -101,8 +101,8 @@ def print_table(output: Path) -> None:
     for row in rows():
         cells = [row.candidates, row.chosen, row.weight]
         for model in models:
-            seeds = bleu_statistics(output / model, row.name)
-            part = difference(seeds, bleu_statistics(output / model, row.without)) if row.without else ""
+            seeds = bleu_of_seeds(output / model, row.name)
+            part = difference(seeds, bleu_of_seeds(output / model, row.without)) if row.without else ""
             cells += [str(len(seeds)), bleu_cell(seeds), part]
         print(f"| {' | '.join(cells)} |")
 
