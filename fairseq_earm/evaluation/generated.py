@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 from fairseq_earm.errors import UsageError
 
@@ -44,19 +44,21 @@ def tagged_line(line: str) -> Optional[Tuple[str, int, str]]:
     return match and (match.group(1), int(match.group(2)), match.group(3))
 
 
-def is_generated(path: str) -> bool:
-    """Whether the file holds lines of fairseq-generate, rather than plain text."""
-    return any(tagged_line(line) for line in text_lines(path))
+def is_generated(lines: Iterable[str]) -> bool:
+    """Whether lines of fairseq-generate are among them, rather than plain text alone."""
+    return any(tagged_line(line) for line in lines)
 
 
-def read_generated(path: str) -> Generated:
+def read_generated(path: str, printed: Optional[Iterable[str]] = None) -> Generated:
     """Read the best hypothesis of every sentence from what fairseq-generate printed, with or without its log.
 
+    Args:
+        printed: the file's lines, if they have been read already.
     Raises:
         UsageError: it cannot be read; lines of a sentence are missing or it was printed twice; sentences are missing.
     """
     lines: Dict[str, Dict[int, str]] = {tag: {} for tag in "STHD"}
-    for line in text_lines(path):
+    for line in text_lines(path) if printed is None else printed:
         tag, sentence, rest = tagged_line(line) or ("", 0, "")
         if tag in ("S", "T") and sentence in lines[tag]:
             raise UsageError(f"{path}: sentence {sentence} has two {tag}-lines: give the output of one run")

@@ -38,7 +38,7 @@ def test_best_hypotheses_in_the_order_of_sentences(tmp_path):
 def test_output_of_fairseq_generate(tiny, tmp_path):
     printed = generate(tiny, "--beam", 3, "--nbest", 2)
     path = write(tmp_path, printed)
-    assert is_generated(path)
+    assert is_generated(text_lines(path))
     found = read_generated(path)
     assert len(found.hypotheses) == len(tagged(printed, "T")) > 5
     for sentence, lines in tagged(printed, "D").items():
@@ -63,7 +63,7 @@ def test_output_without_sources_and_references(tmp_path):
 
 def test_plain_text_is_no_output(tmp_path):
     path = write(tmp_path, "A sentence.\nH-line and T-shirt\r\n\nS-1 x\n")
-    assert not is_generated(path)
+    assert not is_generated(text_lines(path))
     assert list(text_lines(path)) == ["A sentence.", "H-line and T-shirt", "", "S-1 x"]
 
 
@@ -90,4 +90,4 @@ def test_unreadable_files(tmp_path):
         read_generated(str(tmp_path / "absent"))
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
     with pytest.raises(SystemExit, match="latin cannot be read: not UTF-8 text"):
-        is_generated(str(tmp_path / "latin"))
+        list(text_lines(str(tmp_path / "latin")))
