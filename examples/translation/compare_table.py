@@ -112,12 +112,12 @@ def sentence_statistics(log: Path) -> np.ndarray:
 
 
 def difference(seeds: Statistics, reference: Statistics) -> str:
-    """Mean BLEU difference over the seeds both have, and its 95 % interval over test sentences."""
+    """Mean BLEU difference over the seeds both have, its 95 % interval over test sentences, and p (two-sided)."""
     shared = [seed for seed in seeds if seed in reference]
     if not shared:
         return ""
     gain = paired_bootstrap([seeds[seed] for seed in shared], [reference[seed] for seed in shared], corpus_bleu)
-    return f"{gain.difference:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
+    return f"{gain.difference:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}], p = {gain.p_value:.2f}"
 
 
 def update_seconds(log: Path) -> List[float]:

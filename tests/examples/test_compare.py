@@ -83,7 +83,7 @@ def test_difference_is_paired_and_its_interval_holds_it(statistics):
     assert text.startswith(f"{gain:+.2f} [")
     low, high = (float(bound) for bound in text[text.index("[") + 1 : text.index("]")].split(", "))
     assert low < gain < high
-    assert compare_table.difference({"seed1": good}, {"seed1": good}) == "+0.00 [+0.00, +0.00]"
+    assert compare_table.difference({"seed1": good}, {"seed1": good}) == "+0.00 [+0.00, +0.00], p = 1.00"
     assert compare_table.difference({"seed1": good}, {"seed2": good}) == ""
 
 
@@ -119,8 +119,8 @@ def test_every_way_to_generate_has_its_columns(tmp_path, capsys):
     titles, ce, control, earm, other = rows_of(capsys)
     assert titles[-5:] == ["BLEU beam-1", "against", "BLEU beam-5", "against", "s/update"]
     assert {row[1] for row in (ce, control, earm, other)} == {"1"} and ce[-1] == "" and control[-1] == "0.50"
-    assert ce[-4] == ce[-2] == "" and control[-4] == "ce: +0.00 [+0.00, +0.00]"
-    assert earm[-4] == "control: +0.00 [+0.00, +0.00]" and earm[-2].startswith("control: +") and earm[-2] > "control: +1"
+    assert ce[-4] == ce[-2] == "" and control[-4] == "ce: +0.00 [+0.00, +0.00], p = 1.00"
+    assert earm[-4] == "control: +0.00 [+0.00, +0.00], p = 1.00" and earm[-2].startswith("control: +") and earm[-2] > "control: +1"
     assert other[-4] == other[-2] == ""
     compare_table.print_table(spec, tmp_path, "earm")
     assert rows_of(capsys)[0][-4] == "against earm"
