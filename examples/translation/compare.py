@@ -6,8 +6,8 @@
 CHECKPOINT is what every branch goes on from; `-` trains each from the beginning. The spec (multi30k/branches.json) holds the
 flags that all branches share (`train`), how long they train (`updates`, or `epochs`), how they translate (`generate`: flags,
 or a name and flags for each of several ways) and each branch's own flags, with `updates` or `epochs` of its own if it has
-them. `against`, for all or in a branch, names the branch that BLEU is compared with. What is finished is not done again, so a
-run that was stopped goes on where it was. `measure` is what `run` calls for every model.
+them. `against`, for all or in a branch, names the branch that BLEU is compared with. What is finished is not done again, so
+a run that was stopped goes on where it was. `measure` is what `run` calls for every model.
 """
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from steps import command, done  # noqa: E402
 from fairseq_earm.errors import UsageError  # noqa: E402
 
 BEGINNING = Path("-")
+SPEC_KEYS = ["train", "generate", "samples", "branches"]
 AGAINST = "branch that all BLEU differences are taken to (default: what the spec says)"
 
 
@@ -41,7 +42,7 @@ def read_spec(path: Path) -> dict:
         spec = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}") from None
-    missing = [key for key in ("train", "generate", "samples", "branches") if not spec.get(key)]
+    missing = [key for key in SPEC_KEYS if not isinstance(spec, dict) or not spec.get(key)]
     if missing:
         raise UsageError(f"{path} has no {', '.join(missing)}; multi30k/branches.json is an example")
     for name, branch in spec["branches"].items():
@@ -57,10 +58,7 @@ def read_spec(path: Path) -> dict:
 
 
 def check_branches(spec: dict, where: str, names: List[str]) -> None:
-    """
-    Raises:
-        UsageError: a name that the spec does not have.
-    """
+    """Raise a UsageError that begins with `where` if a name is none of the spec's branches."""
     for name in names:
         if name not in spec["branches"]:
             raise UsageError(f"{where} {name} is no branch of the spec; it has {', '.join(spec['branches'])}")
@@ -86,7 +84,7 @@ def run(args) -> None:
     if not args.data.is_dir():
         raise UsageError(f"{args.data}: no such folder of binary data; run the recipe's prepare.sh first")
     if args.checkpoint != BEGINNING and not args.checkpoint.is_file():
-        raise UsageError(f"{args.checkpoint}: no such checkpoint; train the base model first, or give - to train from the beginning")
+        raise UsageError(f"{args.checkpoint}: no such checkpoint; train it first, or give - to train from the beginning")
     jobs = [(seed, name) for seed in args.seeds for name in names]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: run_one(spec, args, *job), jobs))

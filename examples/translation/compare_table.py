@@ -37,10 +37,12 @@ def print_table(spec: dict, output: Path, against: Optional[str] = None) -> None
         against: branch that BLEU differences are taken to, seed by seed. Without it, the branch that each branch's own
             "against" names or, failing that, the spec's; no difference where neither does or where that one has no results.
     Raises:
-        UsageError: `against` has no results; a generation's log that lacks sentences.
+        UsageError: no results, or none of `against`; a generation's log that lacks sentences.
     """
     found = {name: finished(output / name, list(generations(spec))) for name in spec["branches"]}
     found = {name: systems for name, systems in found.items() if systems}
+    if not found:
+        raise UsageError(f"{output} has no results of this spec's branches: `compare.py run` comes first")
     if against is not None and against not in found:
         raise UsageError(f"--against {against}: no such branch with results in {output}; name one that has run")
     opponents = {name: against or spec["branches"][name].get("against", spec.get("against")) for name in found}

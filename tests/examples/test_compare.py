@@ -102,6 +102,8 @@ def test_table_has_mean_and_spread_of_finished_seeds(tmp_path, capsys):
     assert [row[:-2] + row[-1:] for row in (titles, control, earm)] == rows_of(capsys)
     with pytest.raises(UsageError, match="--against never-run"):
         compare_table.print_table(spec, tmp_path, "never-run")
+    with pytest.raises(UsageError, match="elsewhere has no results"):
+        compare_table.print_table(spec, tmp_path / "elsewhere")
 
 
 def test_every_way_to_generate_has_its_columns(tmp_path, capsys):
@@ -216,6 +218,7 @@ def without(key):
 
 @pytest.mark.parametrize("spec, arguments, message", [
     ("no JSON", [], "spec.json cannot be read as JSON"),
+    ("[1]", [], "has no train, generate, samples, branches"),
     (without("generate"), [], "has no generate"),
     (without("branches"), [], "has no branches"),
     (without("updates"), [], "branch a has neither updates nor epochs"),

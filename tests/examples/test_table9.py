@@ -25,8 +25,11 @@ def test_every_row_with_energy_has_its_candidates_without():
             assert row.without is None
             continue
         control = rows[row.without]
-        assert control.weight == "0" and (control.candidates, control.chosen) == (row.candidates, row.chosen)
-        assert [word for word in control.flags if word != "0"] == [word for word in row.flags if word != row.weight]
+        if row.name.startswith("beam"):  # its stock order is that of weight 0
+            assert row.flags[:2] == control.flags and control.weight == ""
+        else:
+            assert control.weight == "0" and (control.candidates, control.chosen) == (row.candidates, row.chosen)
+            assert control.flags[:-1] == row.flags[:-1]
 
 
 @pytest.fixture

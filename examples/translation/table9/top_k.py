@@ -1,4 +1,4 @@
-"""Top-K energy resampling at inference, after Table 9 of the E-ARM paper: candidates, and their choice with and without energy.
+"""Top-K energy resampling at inference, after Table 9 of the E-ARM paper: candidates chosen with and without energy.
 
     top_k.py run DATA OUTPUT --models earm=PATH control=PATH [--seeds 1 2] [--jobs 2]
     top_k.py table OUTPUT
@@ -50,24 +50,24 @@ class Row(NamedTuple):
 
 def rows() -> List[Row]:
     """K = 0 first, then every set of candidates, its row without energy before those with it."""
-    found = [Row(f"beam{n}", f"beam {n}", "likeliest", "", ["--beam", str(n)]) for n in (1, *BEAMS)]
+    beams = {n: Row(f"beam{n}", f"beam {n}", "likeliest", "", ["--beam", str(n)]) for n in (1, *BEAMS)}
+    found = list(beams.values())
     for n in BEAMS:
-        found += _weighted(f"beam{n}", f"the beam's {n}", "best", WEIGHTS, ["--beam", str(n)])
+        candidates = beams[n]._replace(candidates=f"the beam's {n}", chosen="best")
+        found += [_with_energy(candidates, weight, without=beams[n].name) for weight in WEIGHTS]
     for k in TOP_K:
-        flags = ["--sampling", "--sampling-topk", str(k), "--beam", str(SAMPLES)]
-        found += _weighted(f"top{k}", f"{SAMPLES} samples, K = {k}", "drawn", WEIGHTS[-1:], flags)
-        found += _weighted(f"top{k}", f"{SAMPLES} samples, K = {k}", "best", WEIGHTS, flags)
+        sampling = ["--sampling", "--sampling-topk", str(k), "--beam", str(SAMPLES)]
+        for chosen, weights in (("drawn", WEIGHTS[-1:]), ("best", WEIGHTS)):
+            samples = Row(f"top{k}-{chosen}", f"{SAMPLES} samples, K = {k}", chosen, "", sampling)
+            without = _with_energy(samples, "0")
+            found += [without, *(_with_energy(samples, weight, without.name) for weight in weights)]
     return found
 
 
-def _weighted(name: str, candidates: str, chosen: str, weights, flags: List[str]) -> List[Row]:
-    select = {"drawn": "resample", "best": "best"}[chosen]
-    without = f"{name}-{chosen}-0"
-    return [
-        Row(f"{name}-{chosen}-{weight}", candidates, chosen, weight,
-            [*flags, "--energy-rerank", "--energy-select", select, "--energy-weight", weight], None if weight == "0" else without)
-        for weight in ("0", *weights)
-    ]
+def _with_energy(row: Row, weight: str, without: Optional[str] = None) -> Row:
+    select = {"drawn": "resample", "best": "best"}[row.chosen]
+    flags = [*row.flags, "--energy-rerank", "--energy-select", select, "--energy-weight", weight]
+    return row._replace(name=f"{row.name}-{weight}", weight=weight, flags=flags, without=without)
 
 
 def steps(data: Path, output: Path, models: Dict[str, str], seeds: List[int], energy_step: str) -> List[Step]:
@@ -85,8 +85,10 @@ def steps(data: Path, output: Path, models: Dict[str, str], seeds: List[int], en
             if not checkpoint.is_file():
                 raise UsageError(f"--models {model}={path}: no checkpoint {checkpoint}; train it first or name another")
             (output / model / f"seed{seed}").mkdir(parents=True, exist_ok=True)
-            words = ["fairseq-generate", str(data), f"--user-dir={PLUGIN}", "--task", "earm_translation", f"--path={checkpoint}",
-                     "--seed", str(seed), "--no-progress-bar", *GENERATE, "--energy-step", energy_step]
+            words = [
+                "fairseq-generate", str(data), f"--user-dir={PLUGIN}", "--task", "earm_translation", f"--path={checkpoint}",
+                "--seed", str(seed), "--no-progress-bar", *GENERATE, "--energy-step", energy_step,
+            ]
             found += [Step(f"{model}/seed{seed}/{row.name}", [*words, *row.flags]) for row in rows()]
     return found
 
@@ -96,7 +98,8 @@ def print_table(output: Path) -> None:
     models = sorted({path.parent.name for path in output.glob("*/seed*")})
     if not models:
         raise UsageError(f"{output} holds no results: `top_k.py run` comes first")
-    print("| candidates | chosen | energy's weight | " + " | ".join(f"{model}: seeds | BLEU | the energy's part" for model in models) + " |")
+    titles = " | ".join(f"{model}: seeds | BLEU | the energy's part" for model in models)
+    print(f"| candidates | chosen | energy's weight | {titles} |")
     print("|" + "---|" * (3 + 3 * len(models)))
     for row in rows():
         cells = [row.candidates, row.chosen, row.weight]
@@ -116,12 +119,14 @@ def _model(text: str):
 
 def main() -> None:
     parser, run = experiment_parser(__doc__)
-    run.add_argument("--models", nargs="+", type=_model, required=True, metavar="NAME=PATH", help="checkpoints; {seed} stands for the seed")
-    run.add_argument("--energy-step", choices=["last", "post"], default="last", help="post for models trained with --earm-energy-steps post")
-    args = parser.parse_args()
-    run_experiment(
-        args, lambda: steps(args.data, args.output, dict(args.models), args.seeds, args.energy_step), print_table
+    run.add_argument(
+        "--models", nargs="+", type=_model, required=True, metavar="NAME=PATH", help="checkpoints; {seed} stands for the seed",
     )
+    run.add_argument(
+        "--energy-step", choices=["last", "post"], default="last", help="post for models trained with --earm-energy-steps post",
+    )
+    args = parser.parse_args()
+    run_experiment(args, lambda: steps(args.data, args.output, dict(args.models), args.seeds, args.energy_step), print_table)
 
 
 if __name__ == "__main__":
