@@ -78,11 +78,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     texts = read_texts(args)
     scored = _score(args, texts)
     report = _report(args, texts, scored)
-    tables = tables(report)
+    shown = tables(report)
     footer = "\n".join([_how(report), *report["signatures"], *(f"Note: {note}" for note in report["notes"])])
-    print("\n\n".join([*map(text_table, tables), footer]))
+    print("\n\n".join([*map(text_table, shown), footer]))
     if args.latex:
-        _write_latex(args.latex, "\n\n".join([*map(latex_table, tables), latex_comment(footer)]) + "\n")
+        _write_latex(args.latex, "\n\n".join([*map(latex_table, shown), latex_comment(footer)]) + "\n")
     if args.json:
         write_json(args.json, report)
 
@@ -197,13 +197,13 @@ def tables(report: dict) -> List[Table]:
         [system, str(len(own["files"])), *(_over_seeds_cell(own["scores"][name]) for name in names)]
         for system, own in systems.items()
     ]
-    tables = [Table("Scores of 100, mean ± standard deviation over seeds", ["system", "seeds", *names], rows)]
+    found = [Table("Scores of 100, mean ± standard deviation over seeds", ["system", "seeds", *names], rows)]
     bins = report.get("bleu_by_length")
     if bins:
         counts = ["sentences", *(str(each["sentences"]) for each in bins)]
         rows = [[system, *(_over_seeds_cell(each["bleu"][system]) for each in bins)] for system in systems]
         header = ["target length", *(f"[{each['low']}, {'∞' if each['high'] is None else each['high']})" for each in bins)]
-        tables.append(Table("BLEU by target length, in tokens", header, [counts, *rows]))
+        found.append(Table("BLEU by target length, in tokens", header, [counts, *rows]))
     bootstrap = report.get("bootstrap")
     if bootstrap:
         rows = [
@@ -212,8 +212,8 @@ def tables(report: dict) -> List[Table]:
             for system, scores in bootstrap["differences"].items() for name, one in scores.items()
         ]
         title = f"Differences to {bootstrap['against']}, paired bootstrap over sentences"
-        tables.append(Table(title, ["system", "score", "difference", "95 % interval", "p", "sacreBLEU's p"], rows))
-    return tables
+        found.append(Table(title, ["system", "score", "difference", "95 % interval", "p", "sacreBLEU's p"], rows))
+    return found
 
 
 def _over_seeds_cell(found: Optional[dict]) -> str:
