@@ -53,10 +53,10 @@ def rows() -> List[Row]:
     beams = {n: Row(f"beam{n}", f"beam {n}", "likeliest", "", ["--beam", str(n)]) for n in (1, *BEAMS)}
     found = list(beams.values())
     for n in BEAMS:
-        candidates = beams[n]._replace(candidates=f"the beam's {n}", chosen="best")
+        candidates = beams[n]._replace(name=f"beam{n}-best", candidates=f"the beam's {n}", chosen="best")
         found += [_with_energy(candidates, weight, without=beams[n].name) for weight in WEIGHTS]
     for k in TOP_K:
-        sampling = ["--sampling", "--sampling-topk", str(k), "--beam", str(SAMPLES)]
+        sampling = ["--sampling", "--sampling-topk", str(k), "--beam", str(SAMPLES), "--nbest", str(SAMPLES)]
         for chosen, weights in (("drawn", WEIGHTS[-1:]), ("best", WEIGHTS)):
             samples = Row(f"top{k}-{chosen}", f"{SAMPLES} samples, K = {k}", chosen, "", sampling)
             without = _with_energy(samples, "0")
