@@ -1,4 +1,4 @@
-"""fairseq-earm-analyse cases: single translations of several systems on one page, the energy of every token as a colour (Table 11)."""
+"""fairseq-earm-analyse cases: single translations of several systems, the energy of every token as a colour (Table 11)."""
 from __future__ import annotations
 
 import argparse
@@ -35,12 +35,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sentences", type=int, default=10, metavar="N", help="sentences on the page")
     parser.add_argument(
         "--choose", choices=["differing", "random"], default="differing",
-        help=f"differing: of {POOL} times as many drawn at random, those that the systems differ on the most; random: without a look",
+        help=f"differing: of {POOL} times as many drawn at random, those that systems differ on the most; random: without a look",
     )
     parser.add_argument("--ids", type=int, nargs="+", metavar="I", help="these sentences, by number from 0, and no choice")
     parser.add_argument("--beam", type=int, default=5, metavar="N", help="of the search for translations")
     parser.add_argument(
-        "--energy-step", choices=["last", "post"], default="last", help="post: also the step after end-of-sentence, as models were trained",
+        "--energy-step", choices=["last", "post"], default="last",
+        help="as the models were trained; post: also the step after end-of-sentence",
     )
     parser.add_argument(
         "--post-process", "--remove-bpe", nargs="?", const="@@ ", default=None, choices=SYMBOLS, metavar="SYMBOL",
@@ -118,7 +119,9 @@ def _compares(args: argparse.Namespace) -> bool:
     return not args.ids and args.choose == "differing" and len(args.models) + len(args.systems) > 1
 
 
-def _translate(args: argparse.Namespace, translators: Dict[str, Translator], indices: Sequence[int]) -> Dict[str, Dict[int, List[int]]]:
+def _translate(
+    args: argparse.Namespace, translators: Dict[str, Translator], indices: Sequence[int]
+) -> Dict[str, Dict[int, List[int]]]:
     """Model → number → tokens of its translation."""
     found: Dict[str, Dict[int, List[int]]] = {name: {} for name in translators}
     with tqdm(desc="translations", total=len(indices) * len(translators), unit="sentence", disable=None) as progress:
@@ -183,25 +186,28 @@ def _cases(args: argparse.Namespace, shown: Sequence[int], translators, tokens, 
 
 def _text(translator: Translator, index: int, symbol: str) -> Tuple[str, str]:
     """Source and reference of a pair."""
-    sides = (translator.task.source_dictionary, translator.source(index)), (translator.task.target_dictionary, translator.reference(index))
-    source, reference = (post_process(" ".join(dictionary[token] for token in tokens), symbol) for dictionary, tokens in sides)
-    return source, reference
+    task = translator.task
+    source = [task.source_dictionary[token] for token in translator.source(index)]
+    reference = [task.target_dictionary[token] for token in translator.reference(index)]
+    return post_process(" ".join(source), symbol), post_process(" ".join(reference), symbol)
 
 
-def _pieces(args: argparse.Namespace, translator: Translator, tokens, joined, shown: Sequence[int]) -> Dict[int, List[Piece]]:
+def _pieces(
+    args: argparse.Namespace, translator: Translator, tokens: dict, joined: dict, shown: Sequence[int]
+) -> Dict[int, List[Piece]]:
     """Number → the translation's tokens with their energies, end-of-sentence last, or the step after it."""
     dictionary = translator.task.target_dictionary
     eos = dictionary.eos()
     ends = [eos, eos] if args.energy_step == "post" else [eos]
     rows = [[*tokens[index], *ends] for index in shown]
     found = {}
-    for index, row, energies in zip(shown, rows, translator.energies(shown, rows, rows)):
+    for index, row, scores in zip(shown, rows, translator.score(shown, rows, rows)):
         added = [*joined[index], *([""] * len(ends))]
         names = [text.strip() or dictionary[token] for text, token in zip(added, row)]
-        log_q = (-energies.nll).tolist()
+        log_q = scores.log_prob.tolist()
         if args.energy_step == "post":
             names[-1], log_q[-1] = "after it", None
-        found[index] = [Piece(*piece) for piece in zip(added, (-energies.logsumexp).tolist(), log_q, names)]
+        found[index] = [Piece(*piece) for piece in zip(added, (-scores.logsumexp).tolist(), log_q, names)]
     return found
 
 

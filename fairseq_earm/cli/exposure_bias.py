@@ -1,4 +1,4 @@
-"""fairseq-earm-exposure-bias: how often a model is surer of the reference's words than another, both reading their own translations.
+"""fairseq-earm-exposure-bias: how often a model is surer of the reference's words than another, each reading its own translation.
 
 With --json the command may be killed and started again: it goes on where it stopped, to the very figures of one run.
 """
@@ -83,7 +83,7 @@ def _drawn(args: argparse.Namespace, translators: Sequence[Translator]) -> List[
     """Numbers of the pairs, those with sources of like length together."""
     usable = fitting(translators)
     if args.pairs > len(usable):
-        logger.warning("--pairs %d: %s has %d that both models can read; all are taken", args.pairs, args.gen_subset, len(usable))
+        logger.warning("--pairs %d: %s has %d that both models read; all are taken", args.pairs, args.gen_subset, len(usable))
     drawn = random.Random(args.seed).sample(usable, min(args.pairs, len(usable)))
     sizes = translators[0].dataset.src_sizes
     return sorted(drawn, key=lambda index: (int(sizes[index]), index))
@@ -129,25 +129,29 @@ def _measure(args: argparse.Namespace, translators: Sequence[Translator], batch:
 
 
 def _table(args: argparse.Namespace, report: dict) -> str:
-    words = report["words"]
+    words, missed = report["words"], report["not_reached"]
     lines = [
-        f"{report['pairs']:,} pairs of {args.gen_subset} with {words + report['not_reached']:,} reference words, as the dictionary has "
-        f"them, without end-of-sentence.",
-        f"{words:,} are reached by the translations of both models (beam {args.beam}), {report['not_reached']:,} are not and do not count.",
+        f"{report['pairs']:,} pairs of {args.gen_subset}; {words + missed:,} reference words, as the dictionary has them, without "
+        "end-of-sentence.",
+        f"The translations (beam {args.beam}) of both models reach {words:,}, which count; {missed:,} they do not.",
         f"A: {args.path}",
         f"B: {args.against}",
         "",
-        f"{'context':<24} {'likelier under A':>16} {'of':>9} {'ratio':>8}   95 % interval",
+        f"{'':<28} {'A':>9} {'ties':>9} {'of':>9} {'ratio':>8}   95 % interval",
     ]
-    for context, name in zip(CONTEXTS, ("the models' own", "the reference's")):
-        row = report[f"{context}_context"]
-        lines.append(f"{name:<24} {row['greater']:16,} {words:9,} {row['ratio']:8.4f}   {_span(row['interval'], '.4f')}")
-    difference = report["difference"]
-    lines.append(f"{'difference':<24} {'':>16} {'':>9} {difference['ratio']:+8.4f}   {_span(difference['interval'], '+.4f')}")
-    lines += ["", "0.5 is equality; a model that is simply better is above it in both rows. Intervals: bootstrap over pairs."]
-    ties = [report[f"{context}_context"]["ties"] for context in CONTEXTS]
-    if any(ties):
-        lines.append(f"Words of the same probability count half: {ties[0]:,} in the models' own contexts, {ties[1]:,} in the reference's.")
+    for measure, name in (("probability", "likelier under A"), ("rank", "of better rank under A")):
+        lines.append(name)
+        for context, row_name in zip(CONTEXTS, ("own contexts", "the reference as context")):
+            row = report[measure][context]
+            counts = f"{row['greater']:9,} {row['ties']:9,} {words:9,}"
+            lines.append(f"  {row_name:<26} {counts} {row['ratio']:8.4f}   {_span(row['interval'], '.4f')}")
+        difference = report[measure]["difference"]
+        lines.append(f"  {'difference':<26} {'':>29} {difference['ratio']:+8.4f}   {_span(difference['interval'], '+.4f')}")
+    lines += [
+        "",
+        "0.5 is equality; ties count half; intervals: bootstrap over pairs. A better model is above 0.5 in either context. A merely",
+        "sharper or flatter softmax moves the ratios of probabilities, and their difference, but no ranks.",
+    ]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""A page of single translations: where systems differ from the reference, and the energy of every token as a colour (Wang et al., Table 11).
+"""A page of single translations: where they differ from the reference, and every token's energy as a colour (Wang et al., Table 11).
 
-log μ_k, the logsumexp of the logits at step k, is minus the energy that a model gives to the words before step k (Eq. 4). A colour
-tells how far a token's energy −log μ_k is from the model's mean: only differences within a model mean anything.
+log μ_k, the logsumexp of the logits at step k, is minus the energy that a model gives to the words before step k (Eq. 4). A
+colour tells how far a token's energy −log μ_k is from the model's mean: only differences within a model mean anything.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from fairseq_earm.evaluation.page import Html, markup, page, table
 
-# Okabe and Ito's blue and orange, which colour-blind people tell apart; at half strength text stays readable on them, light or dark.
+# Okabe and Ito's blue and orange, which colour-blind people tell apart. At half strength text is readable on them, light or dark.
 LOW, HIGH = (0, 114, 178), (230, 159, 0)
 STRONGEST = 0.5
 # So much of all tokens is inside the scale: a few outliers do not make the others pale.
@@ -126,8 +126,8 @@ def case_page(cases: Sequence[Case], *, title: str, chosen: str, origins: Dict[s
 
 def _introduction(cases: Sequence[Case], scale: Scale, chosen: str, origins: Dict[str, str]) -> str:
     marks = (
-        "<p><u>Underlined bold words</u> are not those of the reference at this place; <span class=\"gap\">‸</span> stands where words of "
-        "the reference are left out.</p>"
+        '<p><u>Underlined bold words</u> are not those of the reference at this place; <span class="gap">‸</span> stands where '
+        "words of the reference are left out.</p>"
     )
     lines = [f"<p>{escape(chosen)}</p>", marks]
     if scale.means:
@@ -145,11 +145,14 @@ def _introduction(cases: Sequence[Case], scale: Scale, chosen: str, origins: Dic
 
 def _legend(scale: Scale) -> str:
     steps = [step * scale.limit for step in (-1, -0.5, 0, 0.5, 1)]
-    swatches = " ".join(f'<span class="piece" style="background:{scale.colour(step)}">{_signed(step, 2)}</span>' for step in steps)
+    swatches = " ".join(
+        f'<span class="piece" style="background:{scale.colour(step)}">{_signed(step, 2)}</span>' for step in steps
+    )
     return (
-        "<p>Colours are a model’s own energies: −log μ<sub>k</sub>, minus the logsumexp of its logits at the step of each token, end-of-"
-        "sentence (<code>&lt;/s&gt;</code>) included, compared with the model’s mean over this page. Blue is below it, which "
-        "the model as an energy-based model prefers. Cross-entropy leaves these energies as they happen to be; E-ARM trains them.</p>\n"
+        "<p>Colours are a model’s own energies: −log μ<sub>k</sub>, minus the logsumexp of its logits at the step of each token, "
+        "end-of-sentence (<code>&lt;/s&gt;</code>) included, compared with the model’s mean over this page. Blue is below it, which "
+        "the model as an energy-based model prefers. Cross-entropy leaves these energies as they happen to be; E-ARM trains "
+        "them.</p>\n"
         f'<p class="legend">nats from the mean: {swatches} <span class="soft">and beyond</span></p>'
     )
 

@@ -1,4 +1,4 @@
-"""Translation checkpoints put to use on a binarised text: what they translate, and what they say of given words in given contexts."""
+"""Translation checkpoints put to use on a binarised text: what they translate, and what they say of words in given contexts."""
 from __future__ import annotations
 
 import hashlib
@@ -12,11 +12,25 @@ from fairseq import checkpoint_utils, tasks, utils
 from fairseq.models import FairseqEncoderDecoderModel
 from torch import Tensor
 
-from fairseq_earm.ebm.energy import TokenEnergies, token_energies
+from fairseq_earm.ebm.energy import token_energies
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.frozen import first_difference, load_frozen
 from fairseq_earm.sampling.isolation import on_its_own
 from fairseq_earm.sampling.scoring import MAX_LOGITS, decoder_input, full_logits
+
+
+class WordScores(NamedTuple):
+    """What a model says of T words, each in a context of its own; on the CPU.
+
+    Attributes:
+        log_prob: (T,) in nats.
+        rank: (T,) 1 where no word of the dictionary is likelier, 2 where one is, and so on.
+        logsumexp: (T,) of the logits at each word's step, log μ_k (Wang et al., Eq. 4).
+    """
+
+    log_prob: Tensor
+    rank: Tensor
+    logsumexp: Tensor
 
 
 class Translator(NamedTuple):
@@ -58,7 +72,7 @@ class Translator(NamedTuple):
         return translations
 
     @torch.no_grad()
-    def energies(self, indices: Sequence[int], contexts: Sequence[Sequence[int]], words: Sequence[Sequence[int]]) -> List[TokenEnergies]:
+    def score(self, indices: Sequence[int], contexts: Sequence[Sequence[int]], words: Sequence[Sequence[int]]) -> List[WordScores]:
         """What the model says of words, each read in a context that need not be made of the words before it.
 
         Args:
@@ -66,18 +80,16 @@ class Translator(NamedTuple):
             contexts: R lists of tokens. Step t of a sentence reads the first t − 1 of them, after the start token. The words
                 themselves for teacher forcing.
             words: R lists of T_r tokens, T_r at most one more than the length of the context.
-        Returns:
-            R `TokenEnergies` (T_r,) on the CPU; −nll is the log-probability of each word, in nats.
         """
         longest = max(map(len, words), default=0)
         rows = max(1, MAX_LOGITS // (max(1, longest) * len(self.task.target_dictionary)))
-        found: List[TokenEnergies] = []
+        found: List[WordScores] = []
         for at in range(0, len(indices), rows):
             part = slice(at, at + rows)
-            found += self._energies(indices[part], contexts[part], words[part])
+            found += self._score(indices[part], contexts[part], words[part])
         return found
 
-    def _energies(self, indices, contexts, words) -> List[TokenEnergies]:
+    def _score(self, indices, contexts, words) -> List[WordScores]:
         batch = self._batch(indices)
         places = batch["id"].tolist()
         steps = max(1, max(map(len, words)))
@@ -87,11 +99,12 @@ class Translator(NamedTuple):
         # The generator leaves its marks on a model's attention.
         with on_its_own(self.model):
             output = self.model.decoder(read, encoder_out=self.model.encoder(**inputs))
-        energies = token_energies(full_logits(self.model.decoder, output), targets)
-        found = [energies] * len(places)
-        for row, place in enumerate(places):
-            found[place] = TokenEnergies(*(values[row, : len(words[place])].cpu() for values in energies))
-        return found
+        logits = full_logits(self.model.decoder, output)
+        energies = token_energies(logits, targets)
+        ranks = 1 + (logits > logits.gather(-1, targets.unsqueeze(-1))).sum(-1)
+        columns = [column.cpu() for column in (-energies.nll, ranks, energies.logsumexp)]
+        rows = {place: row for row, place in enumerate(places)}
+        return [WordScores(*(column[rows[place], : len(words[place])] for column in columns)) for place in range(len(words))]
 
     def _padded(self, rows: Sequence[Sequence[int]], width: int) -> Tensor:
         """(R, width) rows cut or filled up."""
@@ -121,8 +134,8 @@ def open_translators(paths: Sequence[tuple], data: str, split: str, *, device: t
             difference = first_difference(getattr(other.task, f"{side}_dictionary"), getattr(first, f"{side}_dictionary"))
             if difference:
                 raise UsageError(
-                    f"{other.flag} {other.path}: its {side} dictionary is not that of {translators[0].flag} {translators[0].path}: "
-                    f"{difference}; compare models of the same data and direction"
+                    f"{other.flag} {other.path}: its {side} dictionary is not that of {translators[0].flag} "
+                    f"{translators[0].path}: {difference}; compare models of the same data and direction"
                 )
     return translators
 

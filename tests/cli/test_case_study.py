@@ -76,14 +76,16 @@ def test_the_sentences_that_systems_differ_on_are_chosen(tiny, tmp_path):
     assert list(sections(html)) == [1, 4] and "&lt;b&gt;" in html and "<b>" not in html
     assert "Out of 7 sentences of test" in html and "differ the most" in html
     assert "<b> & nothing of it" in Reader(html).texts
-    seeds = [cases(tiny, tmp_path / "page.html", *other, "--sentences", 3, "--choose", "random", "--seed", seed, models=[("A", "a")]) for seed in (1, 1, 2)]
+    drawn = [*other, "--sentences", 3, "--choose", "random"]
+    seeds = [cases(tiny, tmp_path / "page.html", *drawn, "--seed", seed, models=[("A", "a")]) for seed in (1, 1, 2)]
     assert seeds[0] == seeds[1] and "3 sentences of test, numbered from 0, drawn at random (seed 1)" in seeds[0]
     assert list(sections(seeds[0])) != list(sections(seeds[2]))
 
 
 def test_output_of_generate_as_another_system(tiny, tmp_path):
     (tmp_path / "b.out").write_text(generate(tiny, "--beam", 3, "--max-len-b", 200, models="b"))
-    html = cases(tiny, tmp_path / "page.html", "--ids", 0, 3, "--beam", 3, "--system", "printed", tmp_path / "b.out", models=[("B", "b")])
+    other = ["--system", "printed", tmp_path / "b.out"]
+    html = cases(tiny, tmp_path / "page.html", "--ids", 0, 3, "--beam", 3, *other, models=[("B", "b")])
     for section in sections(html).values():
         *_, own, printed = Reader(section).texts
         assert own == printed
@@ -94,7 +96,8 @@ def test_pieces_are_joined(tiny, tmp_path):
     html = cases(tiny, tmp_path / "page.html", "--ids", 5, "--beam", 3, "--post-process", "letter", models=[("A", "a")])
     source, reference, own = Reader(html).texts
     text, tokens = translations(tiny, "a")[5]
-    assert own == text.replace(" ", "") and reference == (tiny.folder / "test.tgt").read_text().splitlines()[5].replace(" ", "")
+    assert own == text.replace(" ", "")
+    assert reference == (tiny.folder / "test.tgt").read_text().splitlines()[5].replace(" ", "")
     assert len(Reader(html).tokens) == len(tokens) > 2
 
 

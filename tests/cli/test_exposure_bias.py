@@ -1,6 +1,8 @@
 """fairseq-earm-exposure-bias on trained models, against a count word by word."""
 import json
 import random
+from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -30,11 +32,11 @@ def measure(tiny, a, b, path, *arguments):
     return json.loads(path.read_text())
 
 
-def log_prob(model, source, context, word):
+def log_prob_and_rank(model, source, context, word):
     read = torch.tensor([[model.decoder.dictionary.eos(), *context]])
     with torch.no_grad():
-        logits = model(source.unsqueeze(0), torch.tensor([len(source)]), read)[0][0, -1]
-    return logits.log_softmax(-1)[word].item()
+        log_probs = model(source.unsqueeze(0), torch.tensor([len(source)]), read)[0][0, -1].log_softmax(-1)
+    return log_probs[word].item(), (log_probs > log_probs[word]).sum().item()
 
 
 def test_the_count_is_that_of_single_words(tiny, tmp_path, capsys):
@@ -44,7 +46,7 @@ def test_the_count_is_that_of_single_words(tiny, tmp_path, capsys):
     models = [checkpoint_utils.load_model_ensemble([str(path)])[0][0].eval() for path in (tiny.a, tiny.b)]
     index_of = models[0].decoder.dictionary.index
     printed = [tagged(generate(tiny, "--beam", 2, "--max-len-b", 200, models=name, subset="valid"), "H") for name in "ab"]
-    wins, words, references = {"own": 0, "reference": 0}, 0, 0
+    wins, words, references = Counter(), 0, 0
     for number in random.Random(1).sample(range(60), PAIRS):
         source, target = dataset[number]["source"], dataset[number]["target"][:-1].tolist()
         own = [[index_of(word) for word in lines[number][0].split("\t")[1].split()] for lines in printed]
@@ -52,33 +54,35 @@ def test_the_count_is_that_of_single_words(tiny, tmp_path, capsys):
         for step, word in enumerate(target[: min(map(len, own)) + 1]):
             words += 1
             for context, given in (("own", own), ("reference", [target, target])):
-                a, b = (log_prob(model, source, read[:step], word) for model, read in zip(models, given))
-                wins[context] += a > b
+                a, b = (log_prob_and_rank(model, source, read[:step], word) for model, read in zip(models, given))
+                wins["probability", context, "greater"] += a[0] > b[0]
+                wins["rank", context, "greater"] += a[1] < b[1]
+                wins["rank", context, "ties"] += a[1] == b[1]
     assert report["words"] == words and report["not_reached"] == references - words > 0
-    for context in wins:
-        assert report[f"{context}_context"]["greater"] == wins[context]
-        assert report[f"{context}_context"]["ratio"] == pytest.approx(wins[context] / words)
     printed = capsys.readouterr().out
-    assert f"{PAIRS} pairs of valid with {references} reference words" in printed and f"{words} are reached" in printed
-    assert f"{report['own_context']['ratio']:.4f}" in printed and f"{report['difference']['ratio']:+.4f}" in printed
-    assert wins["own"] != wins["reference"] and "count half" not in printed
+    for (name, context, count), times in wins.items():
+        row = report[name][context]
+        assert row[count] == times and row["ratio"] == pytest.approx((row["greater"] + row["ties"] / 2) / words)
+        assert f"{row['ratio']:.4f}" in printed and f"{report[name]['difference']['ratio']:+.4f}" in printed
+    assert report["probability"]["own"]["ties"] == 0 and len(set(wins.values())) > 4
+    assert f"{PAIRS} pairs of valid; {references} reference words" in printed and f"reach {words}, which count" in printed
 
 
 def test_models_exchanged_and_of_another_architecture(tiny, lstm, tmp_path):
     one = measure(tiny, tiny.a, lstm, tmp_path / "one.json")
     other = measure(tiny, lstm, tiny.a, tmp_path / "other.json")
-    for context in ("own_context", "reference_context"):
-        assert one[context]["ratio"] == pytest.approx(1 - other[context]["ratio"])
-        assert one[context]["greater"] == other[context]["less"] > 0
+    for name, context in product(("probability", "rank"), ("own", "reference")):
+        assert one[name][context]["ratio"] == pytest.approx(1 - other[name][context]["ratio"])
+        assert one[name][context]["greater"] == other[name][context]["less"] > 0
     assert one["settings"]["a"] == other["settings"]["b"] == str(tiny.a) and one["settings"]["pairs"] == PAIRS
 
 
 def test_a_model_against_itself(tiny, tmp_path, capsys):
     report = measure(tiny, tiny.a, tiny.a, tmp_path / "out.json")
-    for context in ("own_context", "reference_context"):
-        assert report[context]["ties"] == report["words"] and report[context]["ratio"] == 0.5
-        assert report[context]["interval"] == [0.5, 0.5]
-    assert f"count half: {report['words']} in" in capsys.readouterr().out
+    for name, context in product(("probability", "rank"), ("own", "reference")):
+        row = report[name][context]
+        assert row["ties"] == report["words"] and row["ratio"] == 0.5 and row["interval"] == [0.5, 0.5]
+    assert capsys.readouterr().out.count(" 0.5000   0.5000 to 0.5000") == 4
 
 
 def test_other_seeds_draw_other_pairs(tiny, tmp_path):
@@ -116,7 +120,7 @@ def test_a_killed_run_goes_on(tiny, tmp_path, monkeypatch, caplog):
 
 def test_fewer_pairs_than_asked_for(tiny, caplog, capsys):
     run(tiny, tiny.a, tiny.b, "--gen-subset", "test")
-    assert "--pairs 30: test has 7" in caplog.text and "7 pairs of test" in capsys.readouterr().out
+    assert "--pairs 30: test has 7" in caplog.text and "7 pairs of test;" in capsys.readouterr().out
 
 
 def test_a_plot(tiny, tmp_path):

@@ -19,7 +19,8 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        self.loads += [(tag, name) for name in attributes if name in ("src", "href", "srcset", "data", "action") or name.startswith("on")]
+        loading = ("src", "href", "srcset", "data", "action")
+        self.loads += [(tag, name) for name in attributes if name in loading or name.startswith("on")]
         if tag in ("meta", "link", "br"):
             return
         self.open.append((tag, attributes.get("class")))
@@ -74,10 +75,9 @@ def test_disagreement():
 def test_colours_are_energies_from_each_models_mean():
     """Means 2 and −10; 20 of all 22 distances are 1, so that the scale ends near there and the two of 5 are beyond it."""
     even = [(" w", 1.0), (" w", 3.0)] * 5
-    cases = [
-        Case(0, "s", "w", [Translation("M", "w" + " w" * 9, pieces(("w", 1.0), *even[1:])), Translation("N", "u v", pieces(("u", -15.0), (" v", -5.0)))]),
-        Case(4, "s", "w", [Translation("M", "w" + " w" * 9, pieces(("w", 1.0), *even[1:]))]),
-    ]
+    same = Translation("M", "w" + " w" * 9, pieces(("w", 1.0), *even[1:]))
+    far = Translation("N", "u v", pieces(("u", -15.0), (" v", -5.0)))
+    cases = [Case(0, "s", "w", [same, far]), Case(4, "s", "w", [same])]
     scale = scale_of(cases)
     assert scale.means == {"M": pytest.approx(2.0), "N": pytest.approx(-10.0)}
     assert 1 < scale.limit < 5
@@ -96,7 +96,7 @@ def test_figures_can_be_read_without_colours():
     row = pieces(("a", 1.25), (" b", -0.5), ("", 2.5))
     html = show(Case(0, "s", "a b", [Translation("M", "a b", row)]))
     assert "3 tokens, log q −1.50, log μ −2.500" in html
-    cells = re.findall(r"<tr><th scope=\"row\"[^>]*>(.*?)</th><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td></tr>", html)
+    cells = re.findall(r"<tr><th[^>]*>(.*?)</th>" + r"<td[^>]*>(.*?)</td>" * 3 + "</tr>", html)
     assert ("b", "−0.500", "−1.583", "−0.500") in cells and ("&lt;/s&gt;", "2.500", "+1.417", "−0.500") in cells
 
 

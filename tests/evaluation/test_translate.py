@@ -29,7 +29,7 @@ def test_translations_are_those_of_fairseq_generate(tiny, pair):
             assert translator.task.target_dictionary.string(tokens) == printed[index][0].split("\t")[1]
 
 
-def test_energies_of_words_in_any_context(pair, monkeypatch):
+def test_scores_of_words_in_any_context(pair, monkeypatch):
     """Also right after a beam search, in several batches, and with the same sentence twice."""
     translator = pair[0]
     translator.translate([0, 1], beam=4)
@@ -40,13 +40,26 @@ def test_energies_of_words_in_any_context(pair, monkeypatch):
     words = [*references, references[0][:1], []]
     contexts = [references[0], references[1][::-1], [], [7, 8]]
     monkeypatch.setattr("fairseq_earm.evaluation.translate.MAX_LOGITS", 500)
-    found = translator.energies(indices, contexts, words)
-    assert [len(energies.nll) for energies in found] == [len(row) for row in words] and len(words[1]) > 2
-    for index, context, row, energies in zip(indices, contexts, words, found):
+    found = translator.score(indices, contexts, words)
+    assert [len(scores.rank) for scores in found] == [len(row) for row in words] and len(words[1]) > 2
+    for index, context, row, scores in zip(indices, contexts, words, found):
         for step, word in enumerate(row):
             logits = plain_logits(translator, index, context[:step])
-            assert energies.logsumexp[step] == pytest.approx(logits.logsumexp(-1).item(), abs=1e-4)
-            assert -energies.nll[step] == pytest.approx(logits.log_softmax(-1)[word].item(), abs=1e-4)
+            assert scores.logsumexp[step] == pytest.approx(logits.logsumexp(-1).item(), abs=1e-4)
+            assert scores.log_prob[step] == pytest.approx(logits.log_softmax(-1)[word].item(), abs=1e-4)
+            assert scores.rank[step] == 1 + logits.argsort(descending=True).tolist().index(word)
+    assert {int(rank) for scores in found for rank in scores.rank} > {1, 2}
+
+
+def test_a_temperature_changes_probabilities_and_no_ranks(pair, monkeypatch):
+    translator = pair[0]
+    references = [translator.reference(index) for index in range(7)]
+    sharp = translator.score(range(7), references, references)
+    output = translator.model.decoder.output_layer
+    monkeypatch.setattr(translator.model.decoder, "output_layer", lambda features: output(features) / 2)
+    flat = translator.score(range(7), references, references)
+    for one, other in zip(sharp, flat):
+        assert torch.equal(one.rank, other.rank) and not torch.allclose(one.log_prob, other.log_prob, atol=0.05)
 
 
 def test_sources_and_references_are_words(tiny, pair):
