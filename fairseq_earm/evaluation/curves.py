@@ -8,7 +8,7 @@ from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq_earm.evaluation.plots import COLOURS, PathLike, plt, save, tidy
 from fairseq_earm.evaluation.training_log import (
-    EPOCHS, INNER, History, cross_entropy_key, earm_start, read_log, series, validated_kinds,
+    EPOCHS, INNER, History, cross_entropy_key, earm_entry, read_log, series, validated_kinds,
 )
 
 Points = Tuple[List[float], List[float]]
@@ -64,10 +64,7 @@ def convergence_of(history: History, by: str = "epoch") -> Convergence:
     train = history.get(INNER, []) if by == "update" else []
     kinds = {EPOCHS: train or history.get(EPOCHS, []), **{kind: history[kind] for kind in validated_kinds(history)}}
     curves = {kind: _last_of_each(*series(records, key, x)) for kind, records in kinds.items()}
-    start = earm_start(history)
-    first = min((record[x] for record in history.get(INNER, []) + history.get(EPOCHS, []) if x in record), default=math.nan)
-    entered = None if start is None or not start.get(x, first) > first else start[x]
-    return Convergence(key, {kind: points for kind, points in curves.items() if points[0]}, entered)
+    return Convergence(key, {kind: points for kind, points in curves.items() if points[0]}, earm_entry(history, x))
 
 
 def _last_of_each(xs: Sequence[float], ys: Sequence[float]) -> Points:
@@ -162,38 +159,63 @@ class Curve(NamedTuple):
 
 
 def panel(
-    curves: Sequence[Curve], ylabel: str, *, xlabel: str = "update", zero: bool = False, log: bool = False,
+    curves: Sequence[Curve], ylabel: str, *, zero: bool = False, log: bool = False, limits: Optional[Tuple[float, float]] = None,
     entries: Sequence[Tuple[float, str]] = (),
 ) -> bytes:
-    """A panel as SVG, to stand in a page: axes in the page's text colour, ground transparent, text as text.
+    """A panel by update as SVG, to stand in a page: axes in the page's text colour, ground transparent, text as text.
 
     Args:
         zero: with a line at 0.
-        log: with a logarithmic axis.
+        log: with a logarithmic axis, where the values span a factor of ten.
+        limits: lowest and highest value shown, if not all are.
         entries: (x, colour) of dotted vertical lines.
     """
     ink = {name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")}
     with plt.rc_context({**ink, "svg.fonttype": "none", "svg.hashsalt": "panel", "font.size": 9}):
-        figure, axis = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
+        figure, axis = plt.subplots(figsize=(4.0, 2.6), layout="constrained")
         for curve in curves:
             x, y = thinned(*_finite(curve.points))
-            axis.plot(x, y, curve.style, color=curve.colour, linewidth=1.4, markersize=4)
+            dots = {"marker": "."} if len(x) <= MOST_MARKERS and not set(curve.style) & set("osv^") else {}
+            axis.plot(x, y, curve.style, color=curve.colour, linewidth=1.4, markersize=4, **dots)
         for x, colour in entries:
             axis.axvline(x, color=colour, linewidth=1, linestyle=":")
         if zero:
             axis.axhline(0, color=INK, linewidth=0.8)
-        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+        axis.set(xlabel="update", ylabel=ylabel)
+        if limits:
+            axis.set_ylim(limits)
+        if log and _spans_decades(curves):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
         tidy(axis)
+        axis.grid(alpha=0.15)
         file = io.BytesIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
     return _for_pages(file.getvalue().decode()).encode()
 
 
+def _spans_decades(curves: Sequence[Curve]) -> bool:
+    values = [y for curve in curves for y in _finite(curve.points)[1]]
+    return min(values) > 0 and max(values) > 10 * min(values)
+
+
 def _for_pages(svg: str) -> str:
     """Without what only a file of its own needs: names that several pictures of a page would share, and links."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return re.sub(r'<g id="[^"]*"', "<g", svg).replace(INK, "currentColor")
+
+
+def settled_range(curves: Sequence[Curve]) -> Optional[Tuple[float, float]]:
+    """What all curves lie within after the first tenth of the updates; None where that is not much less than the whole."""
+    points = [point for curve in curves for point in zip(*_finite(curve.points))]
+    last = max(x for x, _ in points)
+    early, late = ([y for x, y in points if (x >= last / 10) == after] for after in (False, True))
+    low, high = min(late), max(late)
+    whole = max([*early, high]) - min([*early, low])
+    margin = 0.08 * (high - low)
+    return (low - margin, high + margin) if high > low and whole > 2.5 * (high - low) else None
 
 
 def _finite(points: Points) -> Points:

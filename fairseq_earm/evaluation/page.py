@@ -51,12 +51,13 @@ table { border-collapse: collapse; overflow-wrap: normal; }
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper); min-width: min(13rem, 30vw); max-width: 40vw; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: .5rem 0 1rem; }
 figure svg, figure img { display: block; max-width: 100%; height: auto; }
 figcaption { max-width: 50rem; margin-top: .2rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 0 1.5rem; }
+.figures h3 { margin: .5rem 0 0; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }"""
 
 

@@ -7,6 +7,7 @@ and `ppl` are in base 2, per token.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -211,6 +212,13 @@ def is_training_log(path: PathLike) -> bool:
 def earm_start(history: History) -> Optional[Record]:
     """The first record with E-ARM in it, of the intervals or else of the epochs; None for a run without."""
     return next((record for kind in (INNER, EPOCHS) for record in history.get(kind, []) if "earm_loss" in record), None)
+
+
+def earm_entry(history: History, x: str = "num_updates") -> Optional[float]:
+    """Update, or another x, where E-ARM enters; None for a run without, or with it from its first record on."""
+    start = earm_start(history)
+    first = min((record[x] for kind in (INNER, EPOCHS) for record in history.get(kind, []) if x in record), default=math.nan)
+    return start[x] if start is not None and start.get(x, first) > first else None
 
 
 def validated_kinds(history: History) -> List[str]:

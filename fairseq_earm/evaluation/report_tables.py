@@ -1,0 +1,161 @@
+"""What is known about training runs, as tables: their figures side by side, their settings, where they ran."""
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Callable, Dict, List, Optional, Sequence
+
+import torch
+
+from fairseq_earm.evaluation.page import table
+from fairseq_earm.evaluation.run_folder import Run, best_record, update_seconds, wall_seconds
+from fairseq_earm.evaluation.training_log import EPOCHS, cross_entropy_key, earm_entry, earm_start, validated_kinds
+
+Value = Callable[[Run], Optional[str]]
+# What one run's settings show first, beside the flags of the plugin; several runs show first where they differ.
+MAIN = (
+    "arch", "task", "criterion", "data", "optimizer", "lr", "lr_scheduler", "warmup_updates", "max_tokens", "batch_size", "update_freq", "max_epoch",
+    "max_update", "dropout", "weight_decay", "clip_norm", "label_smoothing", "seed", "finetune_from_model", "restore_file",
+)
+OWN = ("earm_", "nce_")
+SCHEDULE = "scheduled_sampling"
+NONE = "–"
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """A row for each figure that is known of any run, a column for each run."""
+    rows: Dict[str, Value] = {
+        "architecture": lambda run: run.setting("arch") or run.facts.get("model"),
+        "parameters": _parameters,
+        "task": lambda run: run.setting("task"),
+        "criterion": lambda run: run.setting("criterion") or run.facts.get("criterion"),
+        "updates": lambda run: _count(max([r.get("num_updates", 0) for rs in run.history.values() for r in rs], default=_updates(run))),
+        "epochs": lambda run: _count(max([r["epoch"] for rs in run.history.values() for r in rs if "epoch" in r], default=None)),
+    }
+    for kind in dict.fromkeys(kind for run in runs for kind in validated_kinds(run.history)):
+        rows[f"best {kind}"] = lambda run, kind=kind: _validated(run, kind, best_record(run.history, kind, _key(run)))
+        rows[f"last {kind}"] = lambda run, kind=kind: _validated(run, kind, (run.history.get(kind) or [None])[-1])
+    rows["E-ARM"] = _entry
+    rows["DV bound, last epoch"] = lambda run: next((f"{r['earm_dv']:+.4f}" for r in run.history.get(EPOCHS, [])[-1:] if "earm_dv" in r), None)
+    rows["wall time"] = lambda run: _duration(wall_seconds(run.history))
+    rows["seconds per update"] = lambda run: _seconds(update_seconds(run.history, earm=False))
+    rows["seconds per update, with E-ARM"] = lambda run: _seconds(update_seconds(run.history, earm=True))
+    cells = [[name, *(value(run) or NONE for run in runs)] for name, value in rows.items()]
+    return table(["", *(run.name for run in runs)], [row for row in cells if any(cell != NONE for cell in row[1:])])
+
+
+def _updates(run: Run) -> Optional[int]:
+    return run.checkpoint.updates if run.checkpoint else None
+
+
+def _parameters(run: Run) -> Optional[str]:
+    if "parameters" in run.facts or run.checkpoint is None:
+        return run.facts.get("parameters")
+    return f"{run.checkpoint.values:,} values in the checkpoint"
+
+
+def _count(value: Optional[float]) -> Optional[str]:
+    return None if value is None else f"{value:,.0f}"
+
+
+def _key(run: Run) -> str:
+    """What validation is judged by."""
+    keys = {key for kind in validated_kinds(run.history) for record in run.history[kind] for key in record}
+    return "bits_per_dim" if "bits_per_dim" in keys else cross_entropy_key({k: run.history[k] for k in validated_kinds(run.history)})
+
+
+def _validated(run: Run, kind: str, record: Optional[dict]) -> Optional[str]:
+    key = _key(run)
+    if record is None or key not in record:
+        return None
+    at = f" at update {record['num_updates']:,.0f}" if "num_updates" in record else ""
+    return f"{record[key]:.3f} {key}{at}"
+
+
+def _entry(run: Run) -> Optional[str]:
+    start = earm_start(run.history)
+    if start is None:
+        return None
+    what = "control, " if run.setting("earm_control") else ""
+    entry = earm_entry(run.history)
+    when = "from the first record" if entry is None else f"from update {entry:,.0f}"
+    return f"{what}{when}, epoch {start['epoch']:.0f}" if "epoch" in start else what + when
+
+
+def _duration(seconds: Optional[float]) -> Optional[str]:
+    if seconds is None:
+        return None
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _seconds(seconds: Optional[float]) -> Optional[str]:
+    return None if seconds is None else f"{seconds:.3g}"
+
+
+def settings(runs: Sequence[Run]) -> str:
+    """Flags of fairseq-train: those in which the runs differ, or the main ones of a single run; the plugin's own; all to unfold."""
+    known = [run for run in runs if run.checkpoint]
+    if not known:
+        return "<p>No checkpoint, so the settings are unknown.</p>"
+    names = sorted({name for run in known for name in run.checkpoint.settings})
+    header = ["flag", *(run.name for run in known)]
+    rows = {name: [_flag(name), *(_value(run, name) for run in known)] for name in names}
+    scheduled = any(run.setting(SCHEDULE) not in (None, "none") for run in known)
+    own = [name for name in names if name.startswith((*OWN, SCHEDULE) if scheduled else OWN)]
+    if len(known) > 1:
+        first = [name for name in names if name not in own and len({value for value in rows[name][1:] if value}) > 1]
+        title = "Flags in which the runs differ"
+    else:
+        first, title = [name for name in MAIN if rows.get(name, ["", NONE])[1] != NONE], "Main flags"
+    parts = [table(header, [rows[name] for name in first], title) if first else f"<p>{title}: none.</p>"]
+    if own:
+        parts.append(table(header, [rows[name] for name in own], "Flags of this plugin"))
+    whole = table(header, rows.values(), f"{NONE}: not given; empty: the run has no such flag")
+    return "\n".join([*parts, f"<details>\n<summary>All {len(rows)} settings</summary>\n{whole}\n</details>"])
+
+
+def _flag(name: str) -> str:
+    return name if name == "data" else "--" + name.replace("_", "-")
+
+
+def _value(run: Run, name: str) -> str:
+    if name not in run.checkpoint.settings:
+        return ""
+    value = run.setting(name)
+    if value is None or value == "":
+        return NONE
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def environment(runs: Sequence[Run]) -> str:
+    """Where and when the runs were trained as far as is known, and where the page is written."""
+    header = ["", *(run.name for run in runs)]
+    rows: Dict[str, Value] = {
+        "folder": lambda run: str(run.folder),
+        "checkpoint": lambda run: run.checkpoint and run.checkpoint.path.name,
+        "logs": lambda run: ", ".join(map(str, run.logs)),
+        "begun": lambda run: run.facts.get("begun"),
+        "ended": lambda run: run.facts.get("ended"),
+        "device": lambda run: "CPU" if run.setting("cpu") else run.facts.get("gpu"),
+        "workers": lambda run: run.facts.get("devices"),
+        "precision": lambda run: next((name for name in ("bf16", "fp16", "amp") if run.setting(name)), "float32" if run.checkpoint else None),
+    }
+    cells = [[name, *(value(run) or NONE for run in runs)] for name, value in rows.items()]
+    own = [["Python", platform.python_version()], ["torch", torch.__version__], *_versions()]
+    own += [["machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors; torch threads: {torch.get_num_threads()}"]]
+    return "\n".join([
+        table(header, [row for row in cells if any(cell != NONE for cell in row[1:])], "The runs, as far as their logs and checkpoints say"),
+        table(["", ""], own, "Where this page was written; the logs do not say which versions the runs were trained with"),
+    ])
+
+
+def _versions() -> List[List[str]]:
+    found = []
+    for name in ("fairseq-fixed", "fairseq", "fairseq-earm"):
+        try:
+            found.append([name, metadata.version(name)])
+        except metadata.PackageNotFoundError:
+            pass
+    return found
