@@ -208,7 +208,7 @@ def tables(report: dict) -> List[Table]:
     if bootstrap:
         rows = [
             [system, name, f"{one['difference']:+.2f}", f"[{one['low']:+.2f}, {one['high']:+.2f}]",
-             *(_p_value(one[p]) for p in ("p_value", "sacrebleu_p_value"))]
+             _p_value(one["p_value"]), _p_value(one["sacrebleu_p_value"]) if one["difference"] else "-"]
             for system, scores in bootstrap["differences"].items() for name, one in scores.items()
         ]
         title = f"Differences to {bootstrap['against']}, paired bootstrap over sentences"

@@ -139,7 +139,7 @@ def _notes(
     if tokenised:
         notes.append(
             f"The references look tokenised: BLEU (tok:{tokenizer}) does not compare with published sacreBLEU scores, which are of "
-            "detokenised text. --detokenize LANG or generating with --tokenizer moses gives such."
+            "detokenised text. --detokenize LANG, or fairseq-generate with --tokenizer moses, gives such."
         )
     for name, seeds in systems.items():
         if {looks_tokenised(line for own in seeds for line in own), tokenised} == {True, False}:

@@ -100,6 +100,12 @@ def test_output_of_fairseq_generate_beside_plain_text(tiny, tmp_path, capsys, wr
     assert f"{len(references)} sentences against T-lines\n" in output and "tok:13a" in output
 
 
+def test_a_system_beside_itself_does_not_differ(write, capsys):
+    one, two = write("one", GOOD, REFERENCES), write("two", GOOD)
+    output = evaluate(capsys, "--system", "x", one, "--system", "y", two, "--metrics", "bleu", "--resamples", 20)
+    assert ["y", "BLEU", "+0.00", "[+0.00,", "+0.00]", "1.000", "-"] in [line.split() for line in output.splitlines()]
+
+
 def test_several_references_and_lower_case(write, tmp_path, capsys):
     others = ["A B C D X .", "nothing", "J K L"]
     files = ["--system", "s", write("s", GOOD), "--references", write("r1", REFERENCES), write("r2", others)]
