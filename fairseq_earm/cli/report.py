@@ -22,7 +22,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     names = _names(args)
     logs = _logs(args, names)
     if len(names) > len(pages.RUN_COLOURS):
-        raise UsageError(f"{len(names)} runs: more than {len(pages.RUN_COLOURS)} cannot be told apart in one panel; write several reports")
+        raise UsageError(f"{len(names)} runs: more than {len(pages.RUN_COLOURS)} cannot be told apart in a panel; write several reports")
     check_json(args.output, flag="--output")
     runs = [read_run_folder(folder, name, logs.get(name, ())) for folder, name in zip(args.save_dir, names)]
     _write(args.output, _page(pages, args, runs))
@@ -119,7 +119,7 @@ def _found(run: Run) -> str:
     records = sum(map(len, run.history.values()))
     parts = [
         run.checkpoint.path.name if run.checkpoint else "no checkpoint",
-        f"{records} records of {len(run.logs)} log{'s' * (len(run.logs) != 1)}" if run.logs else f"no log (name it with --log {run.name} FILE)",
+        f"{records} records in {', '.join(map(str, run.logs))}" if run.logs else f"no log (name it with --log {run.name} FILE)",
         f"{len(run.results)} JSON, {len(run.generated)} generated, {len(run.pictures)} PNG",
     ]
     return f"{run.name}: {', '.join(parts)}"

@@ -43,7 +43,8 @@ def _tuned(report: dict) -> List[Table]:
          _span(row["gain_interval"], "+.2f")]
         for row in report["settings"]
     ]
-    title = f"BLEU on the validation set by energy weight: {report['sentences']:,} sentences, sacreBLEU tok:{report['sacrebleu_tokenize']}"
+    how = f"{report['sentences']:,} sentences, sacreBLEU tok:{report['sacrebleu_tokenize']}"
+    title = f"BLEU by energy weight, each with its best length penalty: {how}"
     return [Table(title, ["--energy-weight", "best --lenpen", "BLEU", "95 % interval", "gain", "95 % interval, paired"], rows)]
 
 

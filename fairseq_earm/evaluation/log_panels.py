@@ -8,7 +8,8 @@ from fairseq_earm.evaluation.training_log import EPOCHS, INNER, History, cross_e
 CROSS_ENTROPY, CRITERION = "cross-entropy", "criterion"  # keys that differ from run to run, see `logged_key`
 # Figures of the machine and of the batches, and what other figures say too.
 BOOKKEEPING = {
-    "epoch", "update", "num_updates", "loss", "nll_loss", "ppl", "wps", "wpb", "bsz", "clip", "train_wall", "wall", "gb_free", "best_loss", "loss_scale",
+    "epoch", "update", "num_updates", "loss", "nll_loss", "ppl", "wps", "wpb", "bsz", "clip", "train_wall", "wall", "gb_free",
+    "best_loss", "loss_scale",
 }
 
 
@@ -45,8 +46,8 @@ PANELS = (
     ),
     Panel(
         "Loss", "base 2", ((CRITERION, "-"),),
-        "What the criterion minimises: with label smoothing and, while E-ARM is active, λ times its loss; of a residual energy the loss of "
-        "noise-contrastive estimation, 2 at chance with one negative. Validation runs the stock criterion alone.",
+        "What the criterion minimises: with label smoothing and, while E-ARM is active, λ times its loss; of a residual energy the "
+        "loss of noise-contrastive estimation, 2 at chance with one negative. Validation runs the stock criterion alone.",
         validated=True, settles=True,
     ),
     Panel(
@@ -56,8 +57,8 @@ PANELS = (
     ),
     Panel(
         "E-ARM loss", "per energy step, without λ", (("earm_loss", "-"),),
-        "Positive phase minus negative phase: it has no target value; a jump says that the energies run away. Of a control, its likelihood "
-        "terms.",
+        "Positive phase minus negative phase: it has no target value; a jump says that the energies run away. Of a control, its "
+        "likelihood terms.",
     ),
     Panel(
         "Energies", "nats", (("earm_energy_data", "-"), ("earm_energy_negatives", "--")),

@@ -74,10 +74,11 @@ def _silences(run: Run) -> List[str]:
 def _curves(runs: Sequence[Run]) -> str:
     if not any(run.history for run in runs):
         return "<p>No log was found.</p>"
-    legend = "\n".join(f'<li><span style="background: {c}"></span>{escape(run.name)}</li>' for c, run in zip(RUN_COLOURS, runs) if run.history)
+    coloured = [(colour, run.name) for colour, run in zip(RUN_COLOURS, runs) if run.history]
+    legend = "\n".join(f'<li><span style="background: {colour}"></span>{escape(name)}</li>' for colour, name in coloured)
     panels = [drawn for drawn in (_panel(each, runs) for each in PANELS) if drawn]
     undrawn = sorted({key for run in runs for key in undrawn_keys(run.history)})
-    entered = "A dotted vertical line marks the first update with E-ARM. " if _entries(runs) else ""
+    entered = "A dotted vertical line marks the first record with E-ARM. " if _entries(runs) else ""
     said = f'<p class="soft">{entered}{_kinds_drawn(runs)}Long curves show means over stretches.</p>'
     left = f'<p class="soft">Logged, and not drawn: {escape(", ".join(undrawn))}.</p>' if undrawn else ""
     return f'<ul class="legend">\n{legend}\n</ul>\n{said}\n<div class="figures">\n' + "\n".join(panels) + f"\n</div>\n{left}"

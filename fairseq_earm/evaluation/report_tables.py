@@ -15,8 +15,9 @@ from fairseq_earm.evaluation.training_log import EPOCHS, cross_entropy_key, earm
 Value = Callable[[Run], Optional[str]]
 # What one run's settings show first, beside the flags of the plugin; several runs show first where they differ.
 MAIN = (
-    "arch", "task", "criterion", "data", "optimizer", "lr", "lr_scheduler", "warmup_updates", "max_tokens", "batch_size", "update_freq", "max_epoch",
-    "max_update", "dropout", "weight_decay", "clip_norm", "label_smoothing", "seed", "finetune_from_model", "restore_file",
+    "arch", "task", "criterion", "data", "optimizer", "lr", "lr_scheduler", "warmup_updates", "max_tokens", "batch_size",
+    "update_freq", "max_epoch", "max_update", "dropout", "weight_decay", "clip_norm", "label_smoothing", "seed",
+    "finetune_from_model", "restore_file",
 )
 OWN = ("earm_", "nce_")
 SCHEDULE = "scheduled_sampling"
@@ -30,14 +31,18 @@ def summary(runs: Sequence[Run]) -> str:
         "parameters": _parameters,
         "task": lambda run: run.setting("task"),
         "criterion": lambda run: run.setting("criterion") or run.facts.get("criterion"),
-        "updates": lambda run: _count(max([r.get("num_updates", 0) for rs in run.history.values() for r in rs], default=_updates(run))),
-        "epochs": lambda run: _count(max([r["epoch"] for rs in run.history.values() for r in rs if "epoch" in r], default=None)),
+        "updates": lambda run: _count(_most(run, "num_updates") or (run.checkpoint and run.checkpoint.updates)),
+        "epochs": lambda run: _count(_most(run, "epoch")),
     }
-    for kind in dict.fromkeys(kind for run in runs for kind in validated_kinds(run.history)):
-        rows[f"best {kind}"] = lambda run, kind=kind: _validated(run, kind, best_record(run.history, kind, _key(run)))
-        rows[f"last {kind}"] = lambda run, kind=kind: _validated(run, kind, (run.history.get(kind) or [None])[-1])
+    first, *others = dict.fromkeys(kind for run in runs for kind in validated_kinds(run.history)) or [None]
+    if first:
+        rows[f"best {first}"] = lambda run: _validated(run, _best(run, first))
+    for kind in others:  # not its own best: that would be a choice by the test set
+        rows[f"{kind} at the best {first}"] = lambda run, kind=kind: _validated(run, _beside(run, kind, _best(run, first)))
+    for kind in [first, *others] if first else []:
+        rows[f"last {kind}"] = lambda run, kind=kind: _validated(run, (run.history.get(kind) or [None])[-1])
     rows["E-ARM"] = _entry
-    rows["DV bound, last epoch"] = lambda run: next((f"{r['earm_dv']:+.4f}" for r in run.history.get(EPOCHS, [])[-1:] if "earm_dv" in r), None)
+    rows["DV bound, last epoch"] = _last_dv
     rows["wall time"] = lambda run: _duration(wall_seconds(run.history))
     rows["seconds per update"] = lambda run: _seconds(update_seconds(run.history, earm=False))
     rows["seconds per update, with E-ARM"] = lambda run: _seconds(update_seconds(run.history, earm=True))
@@ -45,8 +50,22 @@ def summary(runs: Sequence[Run]) -> str:
     return table(["", *(run.name for run in runs)], [row for row in cells if any(cell != NONE for cell in row[1:])])
 
 
-def _updates(run: Run) -> Optional[int]:
-    return run.checkpoint.updates if run.checkpoint else None
+def _most(run: Run, key: str) -> Optional[float]:
+    return max((record[key] for records in run.history.values() for record in records if key in record), default=None)
+
+
+def _best(run: Run, kind: str) -> Optional[dict]:
+    return best_record(run.history, kind, _key(run))
+
+
+def _beside(run: Run, kind: str, record: Optional[dict]) -> Optional[dict]:
+    """The record of another set at the same update."""
+    update = record and record.get("num_updates")
+    return next((other for other in run.history.get(kind, []) if update is not None and other.get("num_updates") == update), None)
+
+
+def _last_dv(run: Run) -> Optional[str]:
+    return next((f"{record['earm_dv']:+.4f}" for record in run.history.get(EPOCHS, [])[-1:] if "earm_dv" in record), None)
 
 
 def _parameters(run: Run) -> Optional[str]:
@@ -61,11 +80,12 @@ def _count(value: Optional[float]) -> Optional[str]:
 
 def _key(run: Run) -> str:
     """What validation is judged by."""
-    keys = {key for kind in validated_kinds(run.history) for record in run.history[kind] for key in record}
-    return "bits_per_dim" if "bits_per_dim" in keys else cross_entropy_key({k: run.history[k] for k in validated_kinds(run.history)})
+    validated = {kind: run.history[kind] for kind in validated_kinds(run.history)}
+    images = any("bits_per_dim" in record for records in validated.values() for record in records)
+    return "bits_per_dim" if images else cross_entropy_key(validated)
 
 
-def _validated(run: Run, kind: str, record: Optional[dict]) -> Optional[str]:
+def _validated(run: Run, record: Optional[dict]) -> Optional[str]:
     key = _key(run)
     if record is None or key not in record:
         return None
@@ -79,7 +99,7 @@ def _entry(run: Run) -> Optional[str]:
         return None
     what = "control, " if run.setting("earm_control") else ""
     entry = earm_entry(run.history)
-    when = "from the first record" if entry is None else f"from update {entry:,.0f}"
+    when = "from the first record" if entry is None else f"logged from update {entry:,.0f}"
     return f"{what}{when}, epoch {start['epoch']:.0f}" if "epoch" in start else what + when
 
 
@@ -140,15 +160,20 @@ def environment(runs: Sequence[Run]) -> str:
         "ended": lambda run: run.facts.get("ended"),
         "device": lambda run: "CPU" if run.setting("cpu") else run.facts.get("gpu"),
         "workers": lambda run: run.facts.get("devices"),
-        "precision": lambda run: next((name for name in ("bf16", "fp16", "amp") if run.setting(name)), "float32" if run.checkpoint else None),
+        "precision": _precision,
     }
     cells = [[name, *(value(run) or NONE for run in runs)] for name, value in rows.items()]
     own = [["Python", platform.python_version()], ["torch", torch.__version__], *_versions()]
-    own += [["machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors; torch threads: {torch.get_num_threads()}"]]
+    own += [["machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors"], ["threads of torch", torch.get_num_threads()]]
     return "\n".join([
-        table(header, [row for row in cells if any(cell != NONE for cell in row[1:])], "The runs, as far as their logs and checkpoints say"),
-        table(["", ""], own, "Where this page was written; the logs do not say which versions the runs were trained with"),
+        table(header, [row for row in cells if any(cell != NONE for cell in row[1:])], "The runs, as far as logs and checkpoints say"),
+        table(["", ""], own, "Where this page was written; logs do not say which versions the runs were trained with"),
     ])
+
+
+def _precision(run: Run) -> Optional[str]:
+    halves = [name for name in ("bf16", "fp16", "amp") if run.setting(name)]
+    return ", ".join(halves) or ("float32" if run.checkpoint else None)
 
 
 def _versions() -> List[List[str]]:

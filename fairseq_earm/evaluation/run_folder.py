@@ -88,8 +88,10 @@ def read_run_folder(folder: PathLike, name: str, logs: Sequence[PathLike] = ()) 
             f"run, and with --log {name} FILE what it logged"
         )
     if not paths:
-        notes.append(f"No log was found, so there are no curves: name it with --log {name} FILE. Looked for {folder}/*.log, {folder}.log "
-                     "and folders of --tensorboard-logdir in it.")
+        notes.append(
+            f"No log was found, so there are no curves: name it with --log {name} FILE. Looked for {folder}/*.log, {folder}.log and "
+            "folders of --tensorboard-logdir in it."
+        )
     files = _files(Path(folder))
     return Run(
         name, Path(folder), paths, read_run(paths), _facts(paths), checkpoint, _json_files(files, notes),
@@ -113,7 +115,8 @@ def _newest_checkpoint(folder: Path, notes: List[str]) -> Optional[Checkpoint]:
         try:
             return _read_checkpoint(path)
         except (UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, OSError) as error:
-            notes.append(f"{path} cannot be read ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}).")
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            notes.append(f"{path} cannot be read ({reason}).")
     return None
 
 

@@ -1,8 +1,8 @@
 """The history of a training run, from fairseq's logs in any of its formats or from what --tensorboard-logdir wrote.
 
-A history is records by kind: "train_inner" (one an interval), "train" (one an epoch, its average) and one kind for each set that
-was validated, by its name ("valid", "test", …). A record is {"num_updates", "epoch", "loss", …}, all floats. fairseq's `loss`, `nll_loss`
-and `ppl` are in base 2, per token.
+A history is records by kind: "train_inner" (one an interval), "train" (one an epoch, its average) and one kind for each set
+that was validated, by its name ("valid", "test", …). A record is {"num_updates", "epoch", "loss", …}, all floats. fairseq's
+`loss`, `nll_loss` and `ppl` are in base 2, per token.
 """
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def read_tensorboard(folder: PathLike) -> History:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
-        raise UsageError(f"{folder} holds TensorBoard's files, and they are read with tensorboard, which is not installed: install it") from None
+        raise UsageError(f"{folder} is read with tensorboard, which is not installed: install it, or give a text log") from None
     scalars = []
     for kind in event_folders(folder):
         events = EventAccumulator(str(Path(folder) / kind), size_guidance={"scalars": 0}).Reload()

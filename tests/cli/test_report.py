@@ -48,14 +48,17 @@ def test_the_page_of_one_run(run, tiny, tmp_path, capsys):
     text = report(tmp_path, run)
     assert is_alone(text)
     said = Parsed(text).text
-    for words in ("--earm-start-epoch", "--label-smoothing", "earm_cross_entropy", "DV bound", "Effective sample size", "torch", "sentence 4"):
+    titles = ("DV bound", "Effective sample size", "sentence 4")
+    for words in ("--earm-start-epoch", "--label-smoothing", "earm_cross_entropy", "torch", *titles):
         assert words in said
     assert "sentence 5" not in said and "other.json" in said
     history = read_log(run / "train.log")
     entry = next(record["num_updates"] for record in history["train_inner"] if "earm_loss" in record)
-    assert f"from update {entry:.0f}, epoch 2" in said
+    assert f"logged from update {entry:.0f}, epoch 2" in said
     best = min(history["valid"], key=lambda record: record["nll_loss"])
-    assert f"{best['nll_loss']:.3f} nll_loss at update {best['num_updates']:.0f}" in said
+    assert f"best valid{best['nll_loss']:.3f} nll_loss at update {best['num_updates']:.0f}" in said
+    test = next(record for record in history["test"] if record["num_updates"] == best["num_updates"])
+    assert f"test at the best valid{test['nll_loss']:.3f} nll_loss" in said
     assert len(Parsed(text).named("img")) == 1
     drawn = [panel for panel in PANELS if any(logged_key(history, key) for key, _ in panel.lines)]
     assert len(Parsed(text).named("svg")) == len(drawn) > 10

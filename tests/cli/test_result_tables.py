@@ -24,7 +24,8 @@ def test_perplexity_between_bounds():
     assert is_even(bounds) and is_even(steps) and "2 sequences, 4 tokens. Such text." in bounds.title
     assert bounds.rows[0] == ["base", "", "4.48", "4.48", ""]
     row = report["joint"][1]
-    assert bounds.rows[2][:3] == ["joint", "100", f"{row['perplexity_lower']:.2f}"] and bounds.rows[2][4].startswith(f"{row['gain']:+.4f} ± ")
+    assert bounds.rows[2][:3] == ["joint", "100", f"{row['perplexity_lower']:.2f}"]
+    assert bounds.rows[2][4].startswith(f"{row['gain']:+.4f} ± ")
     assert [row[0] for row in steps.rows] == ["1", "2"]
     [alone] = result_tables({"conditions": "", **residual.summarize([{"index": 0, "base": [-1.0]}])})
     assert alone.rows == [["base", "2.72"]]
@@ -56,7 +57,8 @@ def test_scores_of_systems(tmp_path):
 
 
 @pytest.mark.parametrize("report", [
-    {}, [], 3, None, {"nll": 1.0}, {"conditions": 1, "base": 2, "tokens": 3, "sequences": 4}, {"best": 1, "settings": 2, "sacrebleu_tokenize": 3},
+    {}, [], 3, None, {"nll": 1.0}, {"conditions": 1, "base": 2, "tokens": 3, "sequences": 4},
+    {"best": 1, "settings": 2, "sacrebleu_tokenize": 3},
 ])
 def test_other_json_is_not_taken_for_it(report):
     assert result_tables(report) is None
