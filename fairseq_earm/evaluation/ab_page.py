@@ -10,6 +10,7 @@ from html import escape
 from typing import List, NamedTuple, Optional, Sequence
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.page import STYLE
 
 # A shuffled text of fewer different words could pass for a real one.
 FEWEST_WORDS = 4
@@ -86,7 +87,8 @@ def page_and_key(pairs: Sequence[Pair], title: str) -> tuple:
     sections = "\n".join(_section(number, pair, len(pairs)) for number, pair in enumerate(pairs))
     name = hashlib.sha256(sections.encode()).hexdigest()[:16]
     items = [{"item": number, "line": pair.line, "left": pair.left_is} for number, pair in enumerate(pairs)]
-    page = PAGE.replace("{title}", escape(title)).replace("{name}", name).replace("{sections}", sections)
+    page = PAGE.replace("{style}", f"{STYLE}\n{OWN_STYLE}").replace("{title}", escape(title)).replace("{name}", name)
+    page = page.replace("{sections}", sections)
     return page, {"page": name, "items": items}
 
 
@@ -99,6 +101,16 @@ def _section(number: int, pair: Pair, of: int) -> str:
     return f"<section>\n<h2>{number + 1} of {of}</h2>\n{prefix}<div>\n{sides}\n</div>\n</section>"
 
 
+OWN_STYLE = """\
+section { border-top: 1px solid var(--line); padding-bottom: 1em; }
+h2 { font-size: 1em; border: 0; margin-top: 1em; }
+section p, label span { white-space: pre-wrap; }
+section div { display: flex; flex-wrap: wrap; gap: 1em; }
+section label { flex: 1 1 20em; border: 1px solid var(--line); border-radius: 4px; padding: .7em; cursor: pointer; }
+label:focus-within { outline: 3px solid var(--accent); }
+button, input { font: inherit; padding: .2em .6em; }
+#state { margin-left: 1em; }"""
+
 # `{sections}` is put in last: no text of the systems is ever searched for the other placeholders.
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -107,16 +119,7 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #111; background: #fff; }
-section { border-top: 1px solid #999; padding-bottom: 1em; }
-h2 { font-size: 1em; }
-p { white-space: pre-wrap; }
-section div { display: flex; flex-wrap: wrap; gap: 1em; }
-label { flex: 1 1 20em; border: 1px solid #999; border-radius: 4px; padding: .7em; cursor: pointer; }
-label span { white-space: pre-wrap; }
-label:focus-within { outline: 3px solid #0072b2; }
-button { font: inherit; padding: .4em 1em; }
-#state { margin-left: 1em; }
+{style}
 </style>
 </head>
 <body>

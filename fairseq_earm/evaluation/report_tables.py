@@ -98,6 +98,8 @@ def _entry(run: Run) -> Optional[str]:
     if start is None:
         return None
     what = "control, " if run.setting("earm_control") else ""
+    weight = run.setting("earm_weight")
+    what += "" if weight is None else f"λ = {weight:g}, "
     entry = earm_entry(run.history)
     when = "from the first record" if entry is None else f"logged from update {entry:,.0f}"
     return f"{what}{when}, epoch {start['epoch']:.0f}" if "epoch" in start else what + when
@@ -125,15 +127,19 @@ def settings(runs: Sequence[Run]) -> str:
     scheduled = any(run.setting(SCHEDULE) not in (None, "none") for run in known)
     own = [name for name in names if name.startswith((*OWN, SCHEDULE) if scheduled else OWN)]
     if len(known) > 1:
-        first = [name for name in names if name not in own and len({value for value in rows[name][1:] if value}) > 1]
+        first = [name for name in names if len({value for value in rows[name][1:] if value}) > 1]
         title = "Flags in which the runs differ"
     else:
         first, title = [name for name in MAIN if rows.get(name, ["", NONE])[1] != NONE], "Main flags"
     parts = [table(header, [rows[name] for name in first], title) if first else f"<p>{title}: none.</p>"]
     if own:
-        parts.append(table(header, [rows[name] for name in own], "Flags of this plugin"))
+        parts.append(_folded(f"{len(own)} flags of this plugin", table(header, [rows[name] for name in own])))
     whole = table(header, rows.values(), f"{NONE}: not given; empty: the run has no such flag")
-    return "\n".join([*parts, f"<details>\n<summary>All {len(rows)} settings</summary>\n{whole}\n</details>"])
+    return "\n".join([*parts, _folded(f"All {len(rows)} settings", whole)])
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details>\n<summary>{title}</summary>\n{content}\n</details>"
 
 
 def _flag(name: str) -> str:
