@@ -166,8 +166,8 @@ def _chosen(args: argparse.Namespace, indices: Sequence[int], shown: Sequence[in
         return f"{len(shown)} {where}, chosen by hand (--ids)."
     if _compares(args):
         return (
-            f"Out of {len(indices)} {where}, drawn at random (seed {args.seed}), the {len(shown)} on which the systems differ the most "
-            "from each other in their words: they show what differs, not how often."
+            f"Out of {len(indices)} {where}, drawn at random (seed {args.seed}), the {len(shown)} on which the systems differ the "
+            "most from each other in their words: they show what differs, not how often."
         )
     return f"{len(shown)} {where}, drawn at random (seed {args.seed})."
 
