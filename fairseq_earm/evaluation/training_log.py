@@ -21,7 +21,7 @@ History = Dict[str, List[Record]]
 
 INNER, EPOCHS = "train_inner", "train"
 # A record as fairseq writes it: JSON; an interval as plain text; the end of an epoch or a validation as plain text.
-JSON_RECORD = re.compile(r"(\{\".*\})\s*$")
+JSON_RECORD = re.compile(r"(?:([\w.-]+)[ |:]+)?(\{\".*\})\s*$")
 INTERVAL = re.compile(r"\bepoch (\d+):\s+(\d+) / (\d+) (\w+=.*)$")
 AVERAGES = re.compile(r"\b(?:epoch (\d+) \| )?(?:valid on '(.+?)' subset \| )?(loss \S+ \| .*)$")
 EVENTS = "events.out.tfevents."
@@ -79,15 +79,18 @@ def _record(line: str) -> Optional[Tuple[str, Record]]:
 
 def _from_json(match) -> Optional[Tuple[str, Record]]:
     """Records of an epoch or of a validation have their kind before every key; --log-file writes it nowhere else."""
+    tag = match.group(1)
     try:
-        values = json.loads(match.group(1))
+        values = json.loads(match.group(2))
     except ValueError:
         return None
-    prefix = os.path.commonprefix([key for key in values if key not in ("epoch", "update")]).rpartition("_")[0]
-    record = _numbers((key[len(prefix) + 1 :] if prefix and key.startswith(prefix) else key, value) for key, value in values.items())
-    if not ("loss" in record if prefix else "num_updates" in record):
+    keys = [key for key in values if key not in ("epoch", "update")]
+    tagged = bool(tag and keys) and all(key.startswith(f"{tag}_") for key in keys)
+    kind = tag if tagged else os.path.commonprefix(keys).rpartition("_")[0]
+    record = _numbers((key[len(kind) + 1 :] if kind and key in keys else key, value) for key, value in values.items())
+    if not (tagged or ("loss" if kind else "num_updates") in record):
         return None
-    return prefix or INNER, record
+    return kind or INNER, record
 
 
 def _from_interval(match) -> Tuple[str, Record]:

@@ -42,10 +42,10 @@ def test_json_by_kind_without_prefixes(tmp_path):
 def test_json_of_plain_handlers_and_of_validation_alone(tmp_path):
     log = write(
         tmp_path / "plain.log", 'INFO:valid_extra:{"epoch": 1, "valid_extra_loss": "2.5", "valid_extra_num_updates": "3"}\n',
-        'INFO:test:{"test_loss": "1.5", "test_bits_per_dim": "1.5"}\n', 'INFO:test:{"test_loss": "1.25"}\n',
+        'INFO:test:{"test_loss": "1.5", "test_bits_per_dim": "1.5"}\n', 'INFO:test:{"test_bits_per_dim": "1.25"}\n',
     )
     assert read_log(log) == {
-        "valid_extra": [{"epoch": 1.0, "loss": 2.5, "num_updates": 3.0}], "test": [{"loss": 1.5, "bits_per_dim": 1.5}, {"loss": 1.25}],
+        "valid_extra": [{"epoch": 1.0, "loss": 2.5, "num_updates": 3.0}], "test": [{"loss": 1.5, "bits_per_dim": 1.5}, {"bits_per_dim": 1.25}],
     }
     assert not is_training_log(log)
 
