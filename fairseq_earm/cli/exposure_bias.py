@@ -137,26 +137,28 @@ def _table(args: argparse.Namespace, report: dict) -> str:
         f"A: {args.path}",
         f"B: {args.against}",
         "",
-        f"{'':<28} {'A':>9} {'ties':>9} {'of':>9} {'ratio':>8}   95 % interval",
+        f"{'':<26} {'A':>9} {'B':>9} {'ties':>9} {'ratio':>8}   95 % interval",
     ]
-    for measure, name in (("probability", "likelier under A"), ("rank", "of better rank under A")):
+    for measure, name in (("probability", "likelier under"), ("rank", "of better rank under")):
         lines.append(name)
         for context, row_name in zip(CONTEXTS, ("own contexts", "the reference as context")):
             row = report[measure][context]
-            counts = f"{row['greater']:9,} {row['ties']:9,} {words:9,}"
-            lines.append(f"  {row_name:<26} {counts} {row['ratio']:8.4f}   {_span(row['interval'], '.4f')}")
-        difference = report[measure]["difference"]
-        lines.append(f"  {'difference':<26} {'':>29} {difference['ratio']:+8.4f}   {_span(difference['interval'], '+.4f')}")
+            counts = " ".join(f"{row[count]:9,}" for count in ("greater", "less", "ties"))
+            lines.append(f"  {row_name:<24} {counts} {_figures(row, '.4f')}")
+        lines.append(f"  {'difference':<24} {'':>29} {_figures(report[measure]['difference'], '+.4f')}")
     lines += [
         "",
-        "0.5 is equality; ties count half; intervals: bootstrap over pairs. A better model is above 0.5 in either context. A merely",
-        "sharper or flatter softmax moves the ratios of probabilities, and their difference, but no ranks.",
+        "Ratio: A / (A + B); 0.5 is equality. Intervals: bootstrap over pairs. A better model is above 0.5 in either context.",
+        "A merely sharper or flatter softmax moves the ratios of probabilities, and their difference, but no ranks.",
     ]
     return "\n".join(lines)
 
 
-def _span(interval: Sequence[float], form: str) -> str:
-    return " to ".join(format(value, form) for value in interval)
+def _figures(row: dict, form: str) -> str:
+    if row["ratio"] is None:
+        return f"{'-':>8}"
+    low, high = (format(value, form) for value in row["interval"])
+    return f"{format(row['ratio'], form):>8}   {low} to {high}"
 
 
 def _draw(plot, args: argparse.Namespace, report: dict) -> None:

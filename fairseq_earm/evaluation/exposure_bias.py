@@ -14,7 +14,7 @@ The measure is crude in one more way: word t of the reference is looked for at s
 from __future__ import annotations
 
 from itertools import product
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from fairseq_earm.evaluation.translate import Translator, WordScores
 CONTEXTS = ("own", "reference")
 # What words are compared by, and the sign that makes more of it better.
 MEASURES = {"probability": 1, "rank": -1}
+KEYS = list(product(MEASURES, CONTEXTS))
 RESAMPLES, RESAMPLES_BY_POSITION = 10_000, 1_000
 # Resamples drawn at once: so many times as many numbers as there are pairs are held.
 CHUNK = 500
@@ -73,78 +74,83 @@ def _of_both(scores: Sequence[WordScores]) -> Dict[str, List[list]]:
 def summarize(records: Sequence[dict], *, seed: int = 1) -> dict:
     """Counts, ratios and 95 % intervals of the records of `measure_pairs`.
 
-    A ratio is the share of words that are better under A, ties counted half, so that 0.5 is equality and exchanging the
-    models gives one minus it. Intervals are those of the bootstrap over pairs (percentiles): the words of a sentence are not
-    independent of each other.
+    A ratio is the share, among the words that are not the same under both models, of those that are better under A: 0.5 is
+    equality, and exchanging the models gives one minus it. Ties, which most words are by rank, are left out rather than counted
+    half: there are more of them where contexts are alike, and they would draw that ratio alone towards 0.5. Intervals are those of
+    the bootstrap over pairs (percentiles): the words of a sentence are not independent of each other.
 
     Returns:
         `pairs`, `words`, `not_reached`; for each measure, "probability" and "rank": for each context `greater` (better under A),
         `less`, `ties`, `ratio`, `interval`, and the ratios' `difference`, own minus reference; `by_position`, see `_by_position`.
+        Ratios and intervals are None where there are ties alone.
     Raises:
         UsageError: no word is reached by both models.
     """
-    won = [{key: _won(record, *key) for key in product(MEASURES, CONTEXTS)} for record in records]
-    totals = np.array([len(record["own"]["rank"][0]) for record in records])
-    words = int(totals.sum())
+    signs = [{key: _signs(record, *key) for key in KEYS} for record in records]
+    words = sum(len(pair[KEYS[0]]) for pair in signs)
     if not words:
         raise UsageError("no word of these references is reached by both models: the translations or references are empty")
     return {
         "pairs": len(records),
         "words": words,
         "not_reached": sum(record["words"] for record in records) - words,
-        **{measure: _compare(won, measure, totals, seed) for measure in MEASURES},
-        "by_position": _by_position(won, seed),
+        **_by_measure(signs, seed, RESAMPLES),
+        "by_position": _by_position(signs, seed),
     }
 
 
-def _won(record: dict, measure: str, context: str) -> np.ndarray:
-    """(T,) 1 where a word is better under A, ½ where it is a tie, 0 else."""
+def _signs(record: dict, measure: str, context: str) -> np.ndarray:
+    """(T,) 1 where a word is better under A, −1 where it is better under B, 0 where it is a tie."""
     a, b = MEASURES[measure] * np.asarray(record[context][measure], dtype=np.float64)
-    return (a > b) + 0.5 * (a == b)
+    return np.sign(a - b)
 
 
-def _compare(won: Sequence[dict], measure: str, totals: np.ndarray, seed: int) -> dict:
-    """One measure's figures in both contexts."""
-    sums = [np.array([pair[measure, context].sum() for pair in won]) for context in CONTEXTS]
-    ratios = [total.sum() / totals.sum() for total in sums]
-    resampled = _resampled(np.stack([totals, *sums], 1), seed)
+def _by_measure(signs: Sequence[dict], seed: int, resamples: int) -> dict:
+    """Measure → the figures of both contexts, and of their difference."""
+    counts = {key: [np.array([(pair[key] == sign).sum() for pair in signs]) for sign in (1, -1, 0)] for key in KEYS}
+    resampled = dict(zip(KEYS, _resampled([counts[key] for key in KEYS], seed, resamples)))
     report: Dict[str, dict] = {}
-    for context, ratio, others in zip(CONTEXTS, ratios, resampled):
-        every = np.concatenate([pair[measure, context] for pair in won])
-        counts = {name: int((every == value).sum()) for name, value in (("greater", 1), ("less", 0), ("ties", 0.5))}
-        report[context] = {**counts, "ratio": float(ratio), "interval": _interval(others)}
-    report["difference"] = {"ratio": float(ratios[0] - ratios[1]), "interval": _interval(resampled[0] - resampled[1])}
+    for measure in MEASURES:
+        rows = {}
+        for context in CONTEXTS:
+            greater, less, ties = (int(count.sum()) for count in counts[measure, context])
+            ratio = greater / (greater + less) if greater + less else None
+            rows[context] = {"greater": greater, "less": less, "ties": ties, "ratio": ratio}
+            rows[context]["interval"] = _interval(resampled[measure, context])
+        own, reference = (rows[context]["ratio"] for context in CONTEXTS)
+        both = [resampled[measure, context] for context in CONTEXTS]
+        report[measure] = {
+            **rows,
+            "difference": {"ratio": None if None in (own, reference) else own - reference, "interval": _interval(both[0] - both[1])},
+        }
     return report
 
 
-def _resampled(sums: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """(C, resamples) ratios of sums over pairs drawn with replacement; (S, 1 + C) per pair: the denominator, numerators."""
+def _resampled(counts: Sequence[Sequence[np.ndarray]], seed: int, resamples: int) -> np.ndarray:
+    """(K, resamples) ratios over pairs drawn with replacement, not a number where all is tied; K times (greater, less, …) per pair."""
+    columns = np.stack([column for greater, less, *_ in counts for column in (greater, greater + less)], 1)
     rng = np.random.default_rng(seed)
-    even = np.full(len(sums), 1 / len(sums))
-    drawn = np.concatenate([rng.multinomial(len(sums), even, size=CHUNK) @ sums for _ in range(resamples // CHUNK)])
-    drawn = drawn[drawn[:, 0] > 0]
-    return drawn[:, 1:].T / drawn[:, 0]
+    even = np.full(len(columns), 1 / len(columns))
+    drawn = [rng.multinomial(len(columns), even, size=CHUNK) @ columns for _ in range(resamples // CHUNK)]
+    greater, decided = np.concatenate(drawn).reshape(-1, len(counts), 2).T
+    return np.divide(greater, decided, out=np.full(greater.shape, np.nan), where=decided > 0)
 
 
-def _interval(values: np.ndarray) -> List[float]:
-    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+def _interval(values: np.ndarray) -> Optional[List[float]]:
+    known = values[~np.isnan(values)]
+    return [float(value) for value in np.percentile(known, [2.5, 97.5])] if len(known) else None
 
 
-def _by_position(won: Sequence[dict], seed: int) -> List[dict]:
+def _by_position(signs: Sequence[dict], seed: int) -> List[dict]:
     """Each position's figures, up to where fewer than `FEWEST_PAIRS` pairs are left.
 
     Returns:
-        `position` from 1, `pairs` that reach it, and for each measure and context `ratio` and `interval`.
+        `position` from 1, `pairs` that reach it, and the figures of each measure as for all positions together.
     """
-    keys = list(product(MEASURES, CONTEXTS))
-    rows = []
-    for place in range(max(len(pair[keys[0]]) for pair in won)):
-        there = np.array([[1.0, *(pair[key][place] for key in keys)] for pair in won if len(pair[keys[0]]) > place])
+    rows: List[dict] = []
+    while True:
+        place = len(rows)
+        there = [{key: values[place : place + 1] for key, values in pair.items()} for pair in signs if len(pair[KEYS[0]]) > place]
         if len(there) < FEWEST_PAIRS:
-            break
-        row: Dict[str, object] = {"position": place + 1, "pairs": len(there)}
-        resampled = _resampled(there, seed, RESAMPLES_BY_POSITION)
-        for (measure, context), values, others in zip(keys, there.T[1:], resampled):
-            row.setdefault(measure, {})[context] = {"ratio": float(values.mean()), "interval": _interval(others)}
-        rows.append(row)
-    return rows
+            return rows
+        rows.append({"position": place + 1, "pairs": len(there), **_by_measure(there, seed, RESAMPLES_BY_POSITION)})

@@ -21,12 +21,13 @@ def ratios_by_position(positions: Sequence[Mapping], path: PathLike, title: str 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for axis, (measure, name) in zip(axes, (("probability", "likelier under A"), ("rank", "of better rank under A"))):
         for shift, context in zip((-0.12, 0.12), CONTEXTS):
-            _draw(axis, [(row["position"] + shift, row[measure][context]) for row in positions], *CONTEXTS[context])
+            points = [(row["position"] + shift, row[measure][context]) for row in positions]
+            _draw(axis, [(place, row) for place, row in points if row["ratio"] is not None], *CONTEXTS[context])
         axis.axhline(0.5, color="black", linewidth=0.8)
         axis.set(xlabel="word of the reference", title=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
         tidy(axis)
-    axes[0].set_ylabel("share of words, 95 % intervals")
+    axes[0].set_ylabel("share of words without ties, 95 % intervals")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     save(figure, path, title)
 

@@ -51,7 +51,8 @@ def test_a_case_by_hand():
     assert report["probability"]["own"] == {"greater": 1, "less": 1, "ties": 0, "ratio": 0.5, "interval": [0.5, 0.5]}
     assert report["probability"]["reference"]["greater"] == 2 and report["probability"]["reference"]["ratio"] == 1
     assert report["probability"]["difference"] == {"ratio": -0.5, "interval": [-0.5, -0.5]}
-    assert report["rank"]["own"] == {"greater": 0, "less": 0, "ties": 2, "ratio": 0.5, "interval": [0.5, 0.5]}
+    assert report["rank"]["own"] == {"greater": 0, "less": 0, "ties": 2, "ratio": None, "interval": None}
+    assert report["rank"]["difference"] == {"ratio": None, "interval": None}
 
 
 def test_a_lower_rank_is_better():
@@ -109,6 +110,12 @@ def test_longer_pairs_count_more():
     assert report["probability"]["own"]["ratio"] == 0.75 and report["probability"]["own"]["interval"] == [0, 1]
 
 
+def test_ties_are_left_out():
+    report = summarize(pairs([[1, 0.5, 0.5], [1, 0.5], [0, 0.5]]))
+    assert report["probability"]["own"]["ratio"] == pytest.approx(2 / 3) and report["probability"]["own"]["ties"] == 4
+    assert report["probability"]["own"]["interval"] == [0, 1] and report["probability"]["reference"]["ties"] == 0
+
+
 def turned(context):
     return {measure: columns[::-1] for measure, columns in context.items()}
 
@@ -123,7 +130,7 @@ def test_exchanging_the_models_turns_the_ratios_round():
             assert other[context]["ratio"] == pytest.approx(1 - one[context]["ratio"])
             assert other[context]["greater"] == one[context]["less"] and other[context]["ties"] == one[context]["ties"]
             assert other[context]["interval"] == pytest.approx([1 - bound for bound in one[context]["interval"][::-1]])
-        assert one["own"] == {**one["own"], "greater": 3, "less": 5, "ties": 2, "ratio": 0.4}
+        assert one["own"] == {**one["own"], "greater": 3, "less": 5, "ties": 2, "ratio": 0.375}
         assert other["difference"]["ratio"] == pytest.approx(-one["difference"]["ratio"])
 
 
