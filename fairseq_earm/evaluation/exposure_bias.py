@@ -75,9 +75,9 @@ def summarize(records: Sequence[dict], *, seed: int = 1) -> dict:
     """Counts, ratios and 95 % intervals of the records of `measure_pairs`.
 
     A ratio is the share, among the words that are not the same under both models, of those that are better under A: 0.5 is
-    equality, and exchanging the models gives one minus it. Ties, which most words are by rank, are left out rather than counted
-    half: there are more of them where contexts are alike, and they would draw that ratio alone towards 0.5. Intervals are those of
-    the bootstrap over pairs (percentiles): the words of a sentence are not independent of each other.
+    equality, and exchanging the models gives one minus it. Most words are ties by rank, more of them where both models read the
+    same context: counted half, they would draw that context's ratio towards 0.5. Intervals are those of the bootstrap over pairs
+    (percentiles): the words of a sentence are not independent of each other.
 
     Returns:
         `pairs`, `words`, `not_reached`; for each measure, "probability" and "rank": for each context `greater` (better under A),
@@ -127,7 +127,7 @@ def _by_measure(signs: Sequence[dict], seed: int, resamples: int) -> dict:
 
 
 def _resampled(counts: Sequence[Sequence[np.ndarray]], seed: int, resamples: int) -> np.ndarray:
-    """(K, resamples) ratios over pairs drawn with replacement, not a number where all is tied; K times (greater, less, …) per pair."""
+    """(K, resamples) ratios over pairs drawn with replacement, NaN where all is tied, from K times (greater, less, …) per pair."""
     columns = np.stack([column for greater, less, *_ in counts for column in (greater, greater + less)], 1)
     rng = np.random.default_rng(seed)
     even = np.full(len(columns), 1 / len(columns))
