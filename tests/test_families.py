@@ -103,6 +103,39 @@ def test_where_earm_is_off_it_is_the_stock_criterion(family, off):
         assert torch.allclose(gradient(loss, family.model), gradient(expected_loss, family.model), rtol=1e-10, atol=1e-12)
 
 
+ROWS = ["encoder-decoder", "language model", "transformer_xl"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"earm_control": True}, {"earm_weight": 0.0}, {"earm_energy_steps": "last"}, "eval"], ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_holding_few_logits_at_once_changes_nothing(name, flags):
+    family = FAMILIES[name](rounded=False)
+    family.model.train(flags != "eval")
+    flags = {"label_smoothing": 0.1, "report_accuracy": True, **({} if flags == "eval" else flags)}
+    samples = family.criterion().family.draw(family.model, family.sample, 3)
+    found = {}
+    for rows in (0, 1, 4):
+        criterion = family.criterion(earm_loss_rows=rows, earm_negatives=3, **flags)
+        criterion.family.draw = lambda model, sample, negatives: samples
+        loss, size, log = criterion(family.model, family.sample)
+        seconds = {key: value for key, value in log.items() if key != "earm_sampling_seconds"}
+        found[rows] = {"size": size, **{key: float(value) for key, value in seconds.items()}}, gradient(loss, family.model)
+    for rows in (1, 4):  # the stock criterion takes its softmax in single precision
+        assert found[rows][0] == pytest.approx(found[0][0], rel=3e-7)
+        assert (found[rows][1] - found[0][1]).norm() < 1e-6 * found[0][1].norm()
+
+
+def test_models_that_do_not_hand_out_their_states_are_refused(family, monkeypatch):
+    if not hasattr(family.model.decoder, "output_projection"):
+        with pytest.raises(UsageError, match="--earm-loss-rows 4: no effect"):
+            family.criterion(earm_loss_rows=4)
+        return
+    criterion = family.criterion(earm_loss_rows=4, earm_weight=0.0)
+    monkeypatch.setattr(family.model.decoder, "adaptive_softmax", torch.nn.Identity(), raising=False)
+    with pytest.raises(UsageError, match="--earm-loss-rows: .* leave the flag out"):
+        criterion(family.model, family.sample)
+
+
 def test_flags_without_effect_are_refused(family):
     if "post" in family.steps:
         assert family.criterion(earm_max_len_b=3).family.sampler.max_len_b == 3

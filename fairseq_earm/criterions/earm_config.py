@@ -68,6 +68,13 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
         default=False,
         metadata={"help": "the control row: E-ARM's likelihood terms without energy or negatives; nothing is sampled"},
     )
+    earm_loss_rows: int = field(
+        default=0,
+        metadata={
+            "help": "hold the logits of so many tokens at once, and compute them again in the backward pass (512 is a good "
+            "number): less memory where the vocabulary is large; 0: hold them all"
+        },
+    )
     max_epoch: int = II("optimization.max_epoch")
     max_update: int = II("optimization.max_update")
 
@@ -84,6 +91,20 @@ def check_config(cfg) -> None:
         if problem:
             value = getattr(cfg, flag[2:].replace("-", "_"))
             raise UsageError(f"{flag} {value}: {remedy}")
+
+
+def check_task(cfg, task) -> None:
+    """Refuse flags that do not go with the task's.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    scheduled = getattr(getattr(task, "cfg", None), "scheduled_sampling", "none")
+    if cfg.earm_loss_rows and scheduled != "none":
+        raise UsageError(
+            f"--earm-loss-rows {cfg.earm_loss_rows}: --scheduled-sampling {scheduled} reads the logits of all tokens; leave one of "
+            "the two out"
+        )
 
 
 def check_effect(cfg, without_effect) -> None:
@@ -113,6 +134,7 @@ def _problems(cfg):
             "there is no history to smooth with --earm-recent-tokens 0; leave one of the two out",
         ),
         (cfg.earm_negatives < 1, "--earm-negatives", "give at least 1"),
+        (cfg.earm_loss_rows < 0, "--earm-loss-rows", "give a number of tokens, or 0 for all"),
         (
             cfg.earm_negatives == 1 and cfg.earm_normalizer == "source" and not cfg.earm_control,
             "--earm-negatives",

@@ -8,15 +8,15 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.logging import metrics
 
-from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config, check_effect
+from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config, check_effect, check_task
 from fairseq_earm.criterions.earm_log import earm_values, log_entries, reduce_earm_metrics
 from fairseq_earm.criterions.training_clock import EarmSchedule, NonfiniteGuard, TrainingClock
 from fairseq_earm.ebm.earm import earm_loss, nll_terms
-from fairseq_earm.ebm.energy import TokenEnergies, last_step, smoothed_nll, token_energies, widen
+from fairseq_earm.ebm.energy import TokenEnergies, last_step, smoothed_nll
 from fairseq_earm.ebm.weights import moving_log_normalizer, step_log_normalizer
 from fairseq_earm.meter_state import MeterState, restore_state_at_epoch_ends
 from fairseq_earm.sampling.encoder_decoder import EncoderDecoderFamily
-from fairseq_earm.sampling.scoring import energies_with_post_step
+from fairseq_earm.sampling.scoring import post_tokens, with_post_step
 
 
 @register_criterion("earm_cross_entropy", dataclass=EarmCrossEntropyConfig)
@@ -24,12 +24,13 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     """Cross-entropy + λ · E-ARM (Wang et al., Eqs. 6-16), for every kind of model that the task has a `ModelFamily` for.
 
     A task without one has encoder-decoder models. Before E-ARM starts, with λ = 0 and in validation this is the stock
-    criterion itself.
+    criterion itself; with --earm-loss-rows it is so up to rounding.
     """
 
     def __init__(self, task, cfg):
         super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy)
         check_config(cfg)
+        check_task(cfg, task)
         self.cfg = cfg
         build_family = getattr(task, "build_model_family", None)
         self.family = EncoderDecoderFamily(cfg, task) if build_family is None else build_family(cfg)
@@ -43,10 +44,12 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def forward(self, model, sample, reduce=True):
         """Loss, sample size and logging output of one batch, as in the stock criterion."""
-        if not self.checked and self.cfg.earm_weight > 0:
+        if not self.checked and (self.cfg.earm_weight > 0 or self.cfg.earm_loss_rows):
             self.family.check(model)
             self.checked = True
         weight = self.schedule.current_weight() if model.training else 0.0
+        if weight == 0 and self.cfg.earm_loss_rows:
+            return self._forward_in_rows(model, sample)
         if weight == 0:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
             logging_output.update(log_entries(loss))
@@ -54,11 +57,16 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         self.guard.armed = True
         return self._forward_with_energy(model, sample, weight)
 
+    def _forward_in_rows(self, model, sample):
+        """Cross-entropy alone, without ever holding all logits."""
+        mask, head = self._mask(sample), self.family.forward(model, sample).data
+        energies, _, smoothed = self._scores(head, sample["target"], mask)
+        loss, nll = _sum(smoothed, mask), _sum(energies.nll, mask)
+        return self._finish(loss, nll, sample, None, head, mask)
+
     def _forward_with_energy(self, model, sample, weight):
         """One forward pass of data and negatives, cross-entropy and E-ARM from one logsumexp of each."""
-        target = sample["target"]
-        mask = target.ne(self.padding_idx)
-        mask[:, : self.ignore_prefix_size] = False
+        mask, target = self._mask(sample), sample["target"]
         if self.cfg.earm_control:
             passes = self.family.forward(model, sample)
         else:
@@ -67,13 +75,10 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             seconds = time.perf_counter() - started
             passes = self.family.forward_pair(model, sample, samples)
 
-        logits = widen(passes.logits)
-        energies, alive = self._energies(logits, target, mask)
-        cross_entropy, nll, smoothed = self._cross_entropy(energies, logits, mask)
-        if passes.teacher_forced is not passes.logits:
-            logits_of_data = widen(passes.teacher_forced)
-            energies, alive = self._energies(logits_of_data, target, mask)
-            smoothed = smoothed_nll(energies, logits_of_data, self.eps)
+        energies, alive, smoothed = self._scores(passes.data, target, mask)
+        cross_entropy, nll = _sum(smoothed, mask), _sum(energies.nll, mask)
+        if passes.teacher_forced is not passes.data:
+            energies, alive, smoothed = self._scores(passes.teacher_forced, target, mask)
         energies, alive, smoothed = self._contrasted(energies, alive, smoothed)
         history = smoothed if self.cfg.earm_smooth_history else None
         if self.cfg.earm_control:
@@ -84,32 +89,32 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             earm = self._earm(energies, alive, history, passes.negatives, samples)
             terms, values = earm.loss, earm_values(earm, samples, seconds)
         loss = cross_entropy + weight * terms
-        log = {"loss": loss.data, "nll_loss": nll.data, "ntokens": sample["ntokens"], "nsentences": target.size(0)}
-        return self._finish(loss, log, sample, values, logits, mask)
+        return self._finish(loss, nll, sample, values, passes.data, mask)
+
+    def _mask(self, sample):
+        """(B, T) True on the tokens that count."""
+        mask = sample["target"].ne(self.padding_idx)
+        mask[:, : self.ignore_prefix_size] = False
+        return mask
 
     def _contrasted(self, energies, alive, smoothed):
         """Energies, mask and smoothed NLL of the data at the steps that negatives are held against."""
         pick = self.family.contrasted
         return TokenEnergies(*map(pick, energies)), pick(alive), pick(smoothed)
 
-    def _energies(self, logits, tokens, mask):
-        """Energies and the mask of their steps: (B, T), or (B, T + 1) where the energy is read after the last token."""
+    def _scores(self, head, tokens, mask):
+        """Energies, mask and smoothed NLL of steps: (B, T), or (B, T + 1) where the energy is read after the last token."""
+        found = head.statistics(post_tokens(tokens) if self.post else tokens)
+        energies, alive = TokenEnergies(found.logsumexp, found.target_logit), mask
         if self.post:
-            return energies_with_post_step(logits, tokens, mask)
-        return token_energies(logits, tokens), mask
-
-    def _cross_entropy(self, energies, logits, mask):
-        """Label-smoothed cross-entropy and NLL, summed, and the smoothed NLL of each step."""
-        steps = mask.size(1)
-        smoothed = smoothed_nll(energies, logits, self.eps)
-        cross_entropy = smoothed[:, :steps].masked_fill(~mask, 0.0).sum()
-        return cross_entropy, energies.nll[:, :steps].masked_fill(~mask, 0.0).sum(), smoothed
+            energies, alive = with_post_step(energies, mask)
+        return energies, alive, smoothed_nll(energies, found.mean_logit, head.vocabulary, self.eps)
 
     def _steps(self) -> dict:
         return {"recent_tokens": self.cfg.earm_recent_tokens, "energy_steps": str(self.cfg.earm_energy_steps)}
 
-    def _earm(self, energies, alive, history, negative_logits, samples):
-        negative, negative_alive = self._energies(negative_logits, samples.tokens, samples.mask)
+    def _earm(self, energies, alive, history, negatives, samples):
+        negative, negative_alive, _ = self._scores(negatives, samples.tokens, samples.mask)
         return earm_loss(
             energies,
             alive,
@@ -136,13 +141,16 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         self.state.set("log_normalizer", moving.cpu())
         return moving[: batch.numel()].to(logsumexp)
 
-    def _finish(self, loss, log, sample, values, logits, mask):
+    def _finish(self, loss, nll, sample, values, head, mask):
         """Sample size and log; a loss that is not finite spoils the gradient for sure and is kept out of the log."""
-        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        sentences = sample["target"].size(0)
+        sample_size = sentences if self.sentence_avg else sample["ntokens"]
+        log = {
+            "loss": loss.data, "nll_loss": nll.data, "ntokens": sample["ntokens"], "nsentences": sentences, "sample_size": sample_size,
+        }
         finite = bool(torch.isfinite(loss))
-        log["sample_size"] = sample_size
         if self.report_accuracy:
-            correct = logits[:, : mask.size(1)].argmax(-1).eq(sample["target"]) & mask
+            correct = head.likeliest()[:, : mask.size(1)].eq(sample["target"]) & mask
             log["n_correct"], log["total"] = int(correct.sum()), int(mask.sum())
         if not finite:
             loss = loss * float("nan")
@@ -158,3 +166,8 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         else:
             super().reduce_metrics(logging_outputs)
         reduce_earm_metrics(logging_outputs)
+
+
+def _sum(values, mask):
+    """Sum of the values of the steps in a mask (B, T), which may lack the last step of (B, T + 1) values."""
+    return values[:, : mask.size(1)].masked_fill(~mask, 0.0).sum()

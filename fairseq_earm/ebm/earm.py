@@ -111,7 +111,7 @@ def earm_loss(
         negative, negative_mask: the same for R samples of the model, (R, T').
         recent_tokens: m, the tokens of history that gradients reach (2 in the paper; 0 none, −1 all).
         energy_steps: "all" puts an energy on every step (the paper), "last" on each row's last step, "post" on the
-            step after it: then the tensors hold that step too (`sampling.scoring.energies_with_post_step`).
+            step after it: then the tensors hold that step too (`sampling.scoring.with_post_step`).
         normalizer: "batch" normalises weights over all negatives, "source" over those of one data row.
         sources: (R,) data row that each negative belongs to; needed for "source".
         log_normalizer: (S,) normaliser to use in place of this batch's own, such as a moving average ("batch" only).

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fairseq_earm.ebm.loss_head import token_statistics
+
 
 class TokenEnergies(NamedTuple):
     """What one decoder pass says about the tokens of its targets.
@@ -39,12 +41,10 @@ def token_energies(logits: Tensor, target: Tensor) -> TokenEnergies:
     """Read the energies of `target` off `logits`, with one logsumexp.
 
     Args:
-        logits: (B, T, V) of any floating dtype; half precision is widened to float32 first.
+        logits: (B, T, V) of any floating dtype; half precision is widened to float32.
         target: (B, T) token indices; padded positions must hold a valid index and are masked by the caller.
     """
-    wide = widen(logits)
-    target_logit = wide.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    return TokenEnergies(wide.logsumexp(-1), target_logit)
+    return TokenEnergies(*token_statistics(logits, target)[:2])
 
 
 def last_step(mask: Tensor) -> Tensor:
@@ -66,17 +66,17 @@ def widen(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def smoothed_nll(energies: TokenEnergies, logits: Tensor, epsilon: float) -> Tensor:
-    """(B, T) label-smoothed NLL as in fairseq: ε/(V − 1) on every other token, from the logsumexp already at hand.
+def smoothed_nll(energies: TokenEnergies, mean_logit: Tensor, vocabulary: int, epsilon: float) -> Tensor:
+    """(B, T) label-smoothed NLL as in fairseq: ε/(V − 1) on every other token, from what is already at hand.
 
     Args:
-        energies: of `logits`, (B, T).
-        logits: (B, T, V).
+        energies: (B, T).
+        mean_logit: (B, T) mean of all logits at each step.
+        vocabulary: V, the number of logits.
         epsilon: label smoothing; 0 gives the plain NLL.
     """
     if epsilon == 0:
         return energies.nll
-    vocabulary = logits.size(-1)
     each = epsilon / (vocabulary - 1)
-    over_all_tokens = vocabulary * energies.logsumexp - widen(logits).sum(-1)
+    over_all_tokens = vocabulary * (energies.logsumexp - mean_logit)
     return (1 - epsilon - each) * energies.nll + each * over_all_tokens

@@ -5,11 +5,11 @@ from fairseq.modules import LearnedPositionalEmbedding
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling import build_sampler
-from fairseq_earm.sampling.family import ModelFamily, Passes, data_passes, end_of_sentence
+from fairseq_earm.sampling.family import ModelFamily, Passes, end_of_sentence
 from fairseq_earm.sampling.joint_forward import forward_with_negatives
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import keep_teacher_forced
-from fairseq_earm.sampling.scoring import decoder_input, full_logits, start_tokens
+from fairseq_earm.sampling.scoring import decoder_input, start_tokens
 
 
 class EncoderDecoderFamily(ModelFamily):
@@ -29,6 +29,7 @@ class EncoderDecoderFamily(ModelFamily):
         _check_max_length(cfg, task)
         self.given = max(cfg.ignore_prefix_size, 0)
         self.post = cfg.earm_energy_steps == "post"
+        self.loss_rows = cfg.earm_loss_rows
         self.sampler = build_sampler(cfg, task.target_dictionary)
 
     def check(self, model) -> None:
@@ -37,6 +38,7 @@ class EncoderDecoderFamily(ModelFamily):
                 f"--criterion earm_cross_entropy: this task's models are encoder-decoder models, and {type(model).__name__} is "
                 "none; for language models there is --task earm_language_modeling, for images earm_image_modeling"
             )
+        super().check(model)
 
     def draw(self, model, sample, negatives) -> Samples:
         prefix = sample["target"][:, : self.given] if self.given else None
@@ -44,7 +46,7 @@ class EncoderDecoderFamily(ModelFamily):
 
     def forward(self, model, sample) -> Passes:
         with keep_teacher_forced():
-            return data_passes(model.decoder, model(**self._net_input(model, sample)))
+            return self.data_passes(model.decoder, model(**self._net_input(model, sample)))
 
     def forward_pair(self, model, sample, samples) -> Passes:
         starts = start_tokens(sample["net_input"], self.eos)[samples.sources]
@@ -52,18 +54,20 @@ class EncoderDecoderFamily(ModelFamily):
         encoder, decoder = model.encoder, model.decoder
 
         def decode_negatives(encoder_out):
-            return decoder(read, encoder_out=encoder.reorder_encoder_out(encoder_out, samples.sources))
+            encoder_out = encoder.reorder_encoder_out(encoder_out, samples.sources)
+            return decoder(read, encoder_out=encoder_out, **self.decoder_flags())
 
         with keep_teacher_forced():
             output, negative = forward_with_negatives(model, self._net_input(model, sample), decode_negatives)
-        return data_passes(decoder, output)._replace(negatives=full_logits(decoder, negative))
+        return self.data_passes(decoder, output)._replace(negatives=self.head(decoder, negative))
 
     def _net_input(self, model, sample) -> dict:
+        net_input = {**sample["net_input"], **self.decoder_flags()}
         if not self.post:
-            return sample["net_input"]
+            return net_input
         _check_positions(model.decoder, sample["target"].size(1) + 1)
         starts = start_tokens(sample["net_input"], self.eos)
-        return {**sample["net_input"], "prev_output_tokens": decoder_input(sample["target"], starts, extra_step=True)}
+        return {**net_input, "prev_output_tokens": decoder_input(sample["target"], starts, extra_step=True)}
 
 
 def _check_max_length(cfg, task) -> None:

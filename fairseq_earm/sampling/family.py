@@ -6,6 +6,7 @@ from typing import NamedTuple, Optional
 from torch import Tensor
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.heads import Head, LogitHead, ProjectedHead, check_projection
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import teacher_forced
 from fairseq_earm.sampling.scoring import full_logits
@@ -15,15 +16,15 @@ class Passes(NamedTuple):
     """What one forward of the model says about the data and the negatives.
 
     Attributes:
-        logits: (B, T, V) of the data, as cross-entropy sees them; (B, T + 1, V) where energies are read one step later.
-        teacher_forced: logits of the data's energies: the same ones, except under scheduled sampling, which feeds
+        data: the data's (B, T) steps, as cross-entropy sees them; (B, T + 1) where energies are read one step later.
+        teacher_forced: the steps of the data's energies: the same ones, except under scheduled sampling, which feeds
             cross-entropy's decoder with other words than the data's.
-        negatives: (R, T', V) at the steps of the negatives' tokens; None for the control, which has none.
+        negatives: the steps of the negatives' tokens, (R, T'); None for the control, which has none.
     """
 
-    logits: Tensor
-    teacher_forced: Tensor
-    negatives: Optional[Tensor] = None
+    data: Head
+    teacher_forced: Head
+    negatives: Optional[Head] = None
 
 
 class ModelFamily:
@@ -31,12 +32,16 @@ class ModelFamily:
 
     Attributes:
         without_effect: those of the criterion's flags, by their names in `cfg`, that mean nothing for this kind of model.
+        loss_rows: steps whose logits are held at once; 0 for all of them.
     """
 
     without_effect: tuple = ()
+    loss_rows: int = 0
 
     def check(self, model) -> None:
         """Refuse, with a UsageError, a model that E-ARM cannot be computed for."""
+        if self.loss_rows:
+            check_projection(model)
 
     def draw(self, model, sample: dict, negatives: int) -> Samples:
         """Draw `negatives` sequences from the model for each row of a batch, leaving no trace in the model."""
@@ -54,11 +59,21 @@ class ModelFamily:
         """Of (B, T) values at the data's steps those (B, T') that the negatives' steps are held against, in their order."""
         return values
 
+    def decoder_flags(self) -> dict:
+        """What the model and its decoder are called with, so that they return what `head` reads."""
+        return {"features_only": True} if self.loss_rows else {}
 
-def data_passes(decoder, net_output: tuple) -> Passes:
-    """The data's logits in what a model returned, both kinds of them."""
-    logits = full_logits(decoder, net_output)
-    return Passes(logits, teacher_forced(net_output, logits))
+    def head(self, decoder, net_output: tuple) -> Head:
+        """The head of what a decoder returned."""
+        if self.loss_rows:
+            return ProjectedHead(net_output[0], decoder.output_projection, self.loss_rows)
+        return LogitHead(full_logits(decoder, net_output))
+
+    def data_passes(self, decoder, net_output: tuple) -> Passes:
+        """The data's passes in what a model returned, both kinds of them."""
+        head = self.head(decoder, net_output)
+        first = teacher_forced(net_output)
+        return Passes(head, head if first is None else LogitHead(first))
 
 
 def end_of_sentence(dictionary) -> int:

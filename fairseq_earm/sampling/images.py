@@ -47,7 +47,8 @@ class ImageFamily(ModelFamily):
         UsageError: flags that images have no use for.
     """
 
-    without_effect = ("earm_max_len_a", "earm_max_len_b")  # all images are of one size
+    # All images are of one size, and a value has few levels.
+    without_effect = ("earm_max_len_a", "earm_max_len_b", "earm_loss_rows")
 
     def __init__(self, cfg):
         problems = (
@@ -76,10 +77,9 @@ class ImageFamily(ModelFamily):
         return Samples(values, everywhere, log_q, torch.zeros_like(sources, dtype=torch.bool), sources)
 
     def forward(self, model, sample) -> Passes:
-        logits = model(**sample["net_input"])[0]
-        return Passes(logits, logits)
+        return self.data_passes(model.decoder, model(**sample["net_input"]))
 
     def forward_pair(self, model, sample, samples) -> Passes:
         decoder = model.decoder
         output, negative = forward_with_negatives(model, sample["net_input"], lambda _: decoder(samples.tokens))
-        return Passes(output[0], output[0], negative[0])
+        return self.data_passes(decoder, output)._replace(negatives=self.head(decoder, negative))

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.continuation import ContinuationSampler
-from fairseq_earm.sampling.family import ModelFamily, Passes, data_passes, end_of_sentence
+from fairseq_earm.sampling.family import ModelFamily, Passes, end_of_sentence
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.joint_forward import forward_with_negatives
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import keep_teacher_forced
-from fairseq_earm.sampling.scoring import full_logits
 
 
 class LanguageModelFamily(ModelFamily):
@@ -27,18 +26,20 @@ class LanguageModelFamily(ModelFamily):
         length: most tokens of a negative.
         prefix_length: tokens of the block that come before.
         sentences: True where each row is one sentence.
+        loss_rows: steps whose logits are held at once; 0 for all of them.
     Raises:
         UsageError: no end-of-sentence in the dictionary.
     """
 
     without_effect = ("earm_max_len_a", "earm_max_len_b")
 
-    def __init__(self, dictionary, length: int, *, prefix_length: int = 0, sentences: bool = False):
+    def __init__(self, dictionary, length: int, *, prefix_length: int = 0, sentences: bool = False, loss_rows: int = 0):
         self.pad = dictionary.pad()
         self.eos = end_of_sentence(dictionary)
         self.sampler = ContinuationSampler(dictionary, length)
         self.prefix_length = prefix_length
         self.sentences = sentences
+        self.loss_rows = loss_rows
         self.window = slice(prefix_length, prefix_length + length)
 
     def check(self, model) -> None:
@@ -54,6 +55,7 @@ class LanguageModelFamily(ModelFamily):
                 f"--earm-negative-length {self.sampler.length}: with --earm-prefix-length {self.prefix_length} it exceeds the "
                 f"{positions} positions of the model; give less"
             )
+        super().check(model)
 
     def draw(self, model, sample, negatives) -> Samples:
         data = self.contrasted(sample["target"].ne(self.pad))
@@ -64,7 +66,7 @@ class LanguageModelFamily(ModelFamily):
 
     def forward(self, model, sample) -> Passes:
         with keep_teacher_forced():
-            return data_passes(model.decoder, model(**sample["net_input"]))
+            return self.data_passes(model.decoder, model(**sample["net_input"], **self.decoder_flags()))
 
     def forward_pair(self, model, sample, samples) -> Passes:
         read = torch.cat([self._prefixes(sample)[samples.sources], samples.tokens[:, :-1]], 1)
@@ -72,11 +74,12 @@ class LanguageModelFamily(ModelFamily):
 
         def decode_negatives(encoder_out):
             memory = {"memory": decoder.select_memory(samples.sources)} if hasattr(decoder, "select_memory") else {}
-            return decoder(read, **memory)
+            return decoder(read, **memory, **self.decoder_flags())
 
         with keep_teacher_forced():
-            output, negative = forward_with_negatives(model, sample["net_input"], decode_negatives)
-        return data_passes(decoder, output)._replace(negatives=full_logits(decoder, negative)[:, self.prefix_length :])
+            output, negative = forward_with_negatives(model, {**sample["net_input"], **self.decoder_flags()}, decode_negatives)
+        negatives = self.head(decoder, negative).after(self.prefix_length)
+        return self.data_passes(decoder, output)._replace(negatives=negatives)
 
     def contrasted(self, values: Tensor) -> Tensor:
         window = values[:, self.window]

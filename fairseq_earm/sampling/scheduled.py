@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from fairseq.models import FairseqDecoder
@@ -136,10 +136,10 @@ def keep_teacher_forced():
         _kept.reset(token)
 
 
-def teacher_forced(net_output: tuple, logits: Tensor) -> Tensor:
-    """The logits that `keep_teacher_forced` left in a net output, else `logits`, those of its only pass."""
+def teacher_forced(net_output: tuple) -> Optional[Tensor]:
+    """(B, T, V) logits that `keep_teacher_forced` left in a net output; None where there was one pass only."""
     extra = net_output[1]
-    return extra.get("teacher_forced", logits) if isinstance(extra, dict) else logits
+    return extra.get("teacher_forced") if isinstance(extra, dict) else None
 
 
 @contextmanager

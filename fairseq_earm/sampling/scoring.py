@@ -71,20 +71,22 @@ def start_tokens(net_input: dict, eos: int) -> Tensor:
     return torch.full_like(net_input["src_lengths"], eos)
 
 
-def energies_with_post_step(logits: Tensor, tokens: Tensor, mask: Tensor) -> tuple:
+def post_tokens(tokens: Tensor) -> Tensor:
+    """(R, T + 1) targets (R, T) and any index for the step after the last one."""
+    return torch.cat([tokens, tokens[:, -1:]], 1)
+
+
+def with_post_step(energies: TokenEnergies, mask: Tensor) -> tuple:
     """Token energies whose last step is the one after the last token.
 
     Nothing is predicted there, so its NLL is zero and its energy −logsumexp: target logit := logsumexp.
 
     Args:
-        logits: (R, T + 1, V) of a decoder fed with `decoder_input(tokens, start, extra_step=True)`.
-        tokens: (R, T) targets.
+        energies: (R, T + 1) of `post_tokens`, by a decoder fed with `decoder_input(tokens, start, extra_step=True)`.
         mask: (R, T) True on real tokens.
     Returns:
         TokenEnergies (R, T + 1) and their mask (R, T + 1), one step longer per row than `mask`.
     """
-    padded = torch.cat([tokens, tokens[:, -1:]], 1)
-    energies = token_energies(logits, padded)
     is_target = torch.cat([mask, mask.new_zeros(mask.size(0), 1)], 1)
     target_logit = torch.where(is_target, energies.target_logit, energies.logsumexp)
     after = (last_step(mask) + 1).unsqueeze(1)
@@ -117,7 +119,7 @@ def score_sequences(
     output = model.decoder(decoder_input(tokens, start, extra_step=post), encoder_out=encoder_out)
     logits = full_logits(model.decoder, output)
     if post:
-        energies, alive = energies_with_post_step(logits, tokens, mask)
+        energies, alive = with_post_step(token_energies(logits, post_tokens(tokens)), mask)
     else:
         energies, alive = token_energies(logits, tokens), mask
     log_q = -energies.nll[:, : tokens.size(1)].masked_fill(~mask, 0.0)

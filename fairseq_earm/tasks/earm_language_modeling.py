@@ -62,6 +62,7 @@ class EarmLanguageModelingTask(ScheduledSampling, TruncatedBptt, ExactBatches, L
             self.cfg.earm_negative_length,
             prefix_length=self.cfg.earm_prefix_length,
             sentences=self.cfg.sample_break_mode == "eos",
+            loss_rows=cfg.earm_loss_rows,
         )
 
 

@@ -110,9 +110,10 @@ def independent_loss(model, sample, *, m, steps, normalizer, epsilon, prefix, we
         {"ignore_prefix_size": 1, "earm_energy_steps": "post", "earm_recent_tokens": -1},
     ],
 )
-def test_loss_and_gradient_are_the_papers(flags):
+@pytest.mark.parametrize("loss_rows", [0, 2])
+def test_loss_and_gradient_are_the_papers(flags, loss_rows):
     model = tiny_model().train()
-    criterion = build(model, **flags)
+    criterion = build(model, earm_loss_rows=loss_rows, **flags)
     criterion.family.sampler = FixedSampler(model, NEGATIVES)
     sample = batch(model)
     loss, _, log = criterion(model, sample)

@@ -70,10 +70,10 @@ def test_data_and_negatives_in_one_forward(name):
     passes = family().forward_pair(model, sample, samples)
     hook.remove()
     assert len(calls) == 1
-    assert torch.equal(passes.logits, model(sample["target"])[0]) and passes.teacher_forced is passes.logits
-    assert torch.equal(passes.negatives, model(samples.tokens)[0]) and passes.negatives.requires_grad
+    assert torch.equal(passes.data.logits, model(sample["target"])[0]) and passes.teacher_forced is passes.data
+    assert torch.equal(passes.negatives.logits, model(samples.tokens)[0]) and passes.negatives.logits.requires_grad
     alone = family().forward(model, sample)
-    assert torch.equal(alone.logits, passes.logits) and alone.negatives is None
+    assert torch.equal(alone.data.logits, passes.data.logits) and alone.negatives is None
     assert family().contrasted(sample["target"]) is sample["target"]
 
 

@@ -1,0 +1,109 @@
+"""Ratios that a noisy machine cannot spoil: variants in turns, in one process; and the memory that one call takes."""
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Sequence
+
+import torch
+
+Variant = Callable[[], object]
+
+
+class Cost(NamedTuple):
+    """Of one variant.
+
+    Attributes:
+        seconds: median over the rounds.
+        ratio: median over the rounds of its time over the first variant's in the same round.
+        megabytes: most memory held beyond what was held before the call.
+    """
+
+    seconds: float
+    ratio: float
+    megabytes: float
+
+
+def compare(variants: Dict[str, Variant], rounds: int = 5) -> Dict[str, Cost]:
+    """Time and memory of each variant, beside those of the first.
+
+    The first calls of each, which warm it up, measure its memory; then all run once in each round.
+    """
+    megabytes = {name: peak_memory(variant) for name, variant in variants.items()}
+    seconds: Dict[str, List[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, variant in variants.items():
+            seconds[name].append(_time(variant))
+    first = seconds[next(iter(variants))]
+    return {
+        name: Cost(statistics.median(own), statistics.median(a / b for a, b in zip(own, first)), megabytes[name])
+        for name, own in seconds.items()
+    }
+
+
+def _time(variant: Variant) -> float:
+    _synchronise()
+    started = time.perf_counter()
+    variant()
+    _synchronise()
+    return time.perf_counter() - started
+
+
+def peak_memory(variant: Variant) -> float:
+    """MB held at most during a call beyond what was held before it: of the GPU where there is one, else of the process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        _synchronise()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        variant()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    variant()  # what a first call keeps for good is not counted
+    _map_tensors(2**16)
+    Path("/proc/self/clear_refs").write_text("5")  # the process's peak starts anew from what it holds now
+    before = _resident("VmRSS")
+    variant()
+    peak = _resident("VmHWM")
+    _map_tensors(2**25)
+    return peak - before
+
+
+def _map_tensors(least: int) -> None:
+    """Have glibc map tensors of so many bytes on their own, so that what is freed is given back and counts no longer."""
+    mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(mmap_threshold, least)
+
+
+def _resident(key: str) -> float:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":")]
+    return int(line.split()[1]) / 1024
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    cpu = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+    threads = torch.get_num_threads()
+    return f"{names[0] if names else platform.processor()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

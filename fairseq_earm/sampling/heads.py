@@ -1,0 +1,84 @@
+"""What a decoder's pass says at its steps, before it is asked about tokens: a softmax head that the loss reads once."""
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_earm.ebm.loss_head import TokenStatistics, projected_statistics, token_statistics
+from fairseq_earm.errors import UsageError
+
+
+class LogitHead(NamedTuple):
+    """A head whose logits (B, T, V) are there already."""
+
+    logits: Tensor
+
+    @property
+    def vocabulary(self) -> int:
+        return self.logits.size(-1)
+
+    def statistics(self, tokens: Tensor) -> TokenStatistics:
+        """Statistics of (B, T) tokens."""
+        return token_statistics(self.logits, tokens)
+
+    def likeliest(self) -> Tensor:
+        """(B, T) the likeliest tokens."""
+        return self.logits.argmax(-1)
+
+    def after(self, steps: int) -> LogitHead:
+        """The head without its first `steps` steps."""
+        return LogitHead(self.logits[:, steps:])
+
+
+class ProjectedHead(NamedTuple):
+    """A head whose logits are computed `rows` steps at a time, and never held together.
+
+    Attributes:
+        hidden: (B, T, D) states.
+        projection: from states to logits, its weight (V, D) tied to an embedding or not.
+        rows: steps whose logits are held at once.
+    """
+
+    hidden: Tensor
+    projection: nn.Linear
+    rows: int
+
+    @property
+    def vocabulary(self) -> int:
+        return self.projection.weight.size(0)
+
+    def statistics(self, tokens: Tensor) -> TokenStatistics:
+        """Statistics of (B, T) tokens."""
+        return projected_statistics(self.hidden, self.projection.weight, tokens, self.projection.bias, rows=self.rows)
+
+    @torch.no_grad()
+    def likeliest(self) -> Tensor:
+        """(B, T) the likeliest tokens."""
+        found = [self.projection(states).argmax(-1) for states in self.hidden.flatten(0, 1).split(self.rows)]
+        return torch.cat(found).view(self.hidden.shape[:2])
+
+    def after(self, steps: int) -> ProjectedHead:
+        """The head without its first `steps` steps."""
+        return self._replace(hidden=self.hidden[:, steps:])
+
+
+Head = Union[LogitHead, ProjectedHead]
+
+
+def check_projection(model) -> None:
+    """Refuse models whose states and projection cannot be had apart.
+
+    Raises:
+        UsageError: one line that names the cause and the remedy.
+    """
+    decoder = model.decoder
+    apart = isinstance(getattr(decoder, "output_projection", None), nn.Linear)
+    apart = apart and getattr(decoder, "adaptive_softmax", None) is None
+    if not apart or "features_only" not in inspect.signature(decoder.forward).parameters:
+        raise UsageError(
+            f"--earm-loss-rows: {type(model).__name__} does not hand out its states without its logits (transformer, "
+            "transformer_lm and transformer_xl_lm without an adaptive softmax do); leave the flag out"
+        )
