@@ -86,7 +86,7 @@ def test_every_command_has_its_function(setup_arguments):
     scripts = setup_arguments["entry_points"]["console_scripts"]
     assert scripts
     for script in scripts:
-        module, function = re.fullmatch(r"fairseq-earm-\w+ = ([\w.]+):(\w+)", script).groups()
+        module, function = re.fullmatch(r"fairseq-earm-[\w-]+ = ([\w.]+):(\w+)", script).groups()
         assert callable(getattr(__import__(module, fromlist=[function]), function))
 
 

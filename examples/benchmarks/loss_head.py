@@ -85,7 +85,7 @@ def main() -> None:
             costs = compare(variants, args.rounds)
             first = next(iter(costs.values()))
             for name, cost in costs.items():
-                share = f"{cost.megabytes / first.megabytes:.0%}"
+                share = f"{cost.megabytes / first.megabytes:.0%}" if first.megabytes else "-"
                 rows.append([f"{vocabulary:,}", name, f"{cost.seconds:.3f}", f"{cost.ratio:.2f}", f"{cost.megabytes:,.0f}", share])
     print(f"{args.tokens:,} tokens, states of {args.dim}; {machine()}; median of {args.rounds} rounds\n")
     print(markdown(["vocabulary", "loss head", "seconds", "of fairseq's", "MB", "of fairseq's"], rows))

@@ -73,9 +73,11 @@ def peak_memory(variant: Variant) -> float:
 
 
 def _map_tensors(least: int) -> None:
-    """Have glibc map tensors of so many bytes on their own, so that what is freed is given back and counts no longer."""
+    """Have glibc give back what is free, and map tensors of so many bytes on their own: what they leave counts no longer."""
     mmap_threshold = -3
-    ctypes.CDLL(None).mallopt(mmap_threshold, least)
+    glibc = ctypes.CDLL(None)
+    glibc.mallopt(mmap_threshold, least)
+    glibc.malloc_trim(0)
 
 
 def _resident(key: str) -> float:

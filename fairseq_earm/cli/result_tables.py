@@ -53,14 +53,18 @@ def _exposure_bias(report: dict) -> List[Table]:
     for measure, better in (("probability", "likelier under A"), ("rank", "of better rank under A")):
         for context, name in (("own", "own contexts"), ("reference", "the reference as context")):
             row = report[measure][context]
-            counts = [f"{row['greater']:,}", f"{row['ties']:,}", f"{report['words']:,}"]
-            rows.append([f"{better}, {name}", *counts, f"{row['ratio']:.4f}", _span(row["interval"], ".4f")])
-        difference = report[measure]["difference"]
-        rows.append([f"{better}, difference", "", "", "", f"{difference['ratio']:+.4f}", _span(difference["interval"], "+.4f")])
+            counts = [f"{row[key]:,}" for key in ("greater", "less", "ties")]
+            rows.append([f"{better}, {name}", *counts, *_ratio(row, ".4f")])
+        rows.append([f"{better}, difference", "", "", "", *_ratio(report[measure]["difference"], "+.4f")])
     models = report.get("settings", {})
     which = f" A: {models['a']}. B: {models['b']}." if {"a", "b"} <= models.keys() else ""
-    title = f"Exposure bias: reference words of {report['pairs']:,} pairs; 0.5 is equality, ties count half.{which}"
-    return [Table(title, ["words", "A", "ties", "of", "ratio", "95 % interval"], rows)]
+    title = f"Exposure bias: reference words of {report['pairs']:,} pairs; 0.5 is equality, ties are left out.{which}"
+    return [Table(title, ["words", "A", "B", "ties", "ratio", "95 % interval"], rows)]
+
+
+def _ratio(row: dict, form: str) -> List[str]:
+    """A ratio and its interval; where all words are tied there is none."""
+    return ["-", "-"] if row["ratio"] is None else [format(row["ratio"], form), _span(row["interval"], form)]
 
 
 def _span(interval, form: str) -> str:

@@ -181,7 +181,7 @@ def read_run(paths: Sequence[PathLike]) -> History:
         if not updates:
             raise UsageError(f"{path} holds no records of training: give what fairseq-train logged with --log-format json or simple")
         first, last = min(updates), max(updates)
-        for kind in {*whole, *history}:
+        for kind in dict.fromkeys([*whole, *history]):
             earlier = [r for r in whole.get(kind, []) if not first <= r.get("num_updates", -1.0) <= last]
             whole[kind] = sorted(earlier + history.get(kind, []), key=lambda record: record.get("num_updates", -1.0))
     return {kind: records for kind, records in whole.items() if records}

@@ -42,7 +42,10 @@ def test_exposure_bias():
     report = exposure_bias.summarize(pairs([[1, 1, 0], [0.5]]))
     [table] = result_tables({**report, "settings": {"a": "one.pt", "b": "two.pt"}})
     assert is_even(table) and len(table.rows) == 6 and "A: one.pt. B: two.pt." in table.title
-    assert table.rows[0][1:5] == ["2", "1", "4", "0.6250"] and table.rows[2][4] == "+0.6250"
+    assert table.rows[0][1:5] == ["2", "1", "1", "0.6667"]
+    assert [table.rows[i][4] for i in (1, 2)] == ["0.0000", "+0.6667"]
+    [tied] = result_tables(exposure_bias.summarize(pairs([[0.5], [0.5]])))
+    assert [row[4:] for row in tied.rows if "own" in row[0] or "difference" in row[0]] == [["-", "-"]] * 4
 
 
 def test_scores_of_systems(tmp_path):
