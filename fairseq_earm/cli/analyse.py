@@ -1,4 +1,4 @@
-"""fairseq-earm-analyse: what a joint model's text is like (Deng et al. 2020, Section 4.3), and which text people prefer."""
+"""fairseq-earm-analyse: a joint model's text and what people prefer (Deng et al. 2020, Section 4.3), cases, convergence."""
 from __future__ import annotations
 
 import argparse
@@ -7,6 +7,7 @@ import os
 from typing import List, Optional, Sequence
 
 from fairseq_earm.cli import case_study, convergence, text_report
+from fairseq_earm.cli.common import write_json, write_text
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.ab_page import choose_pairs, page_and_key
 from fairseq_earm.evaluation.preference import binomial_p_value, preference
@@ -64,8 +65,8 @@ def export_page(args: argparse.Namespace) -> None:
     pairs = choose_pairs(a, b, prefixes, real, items=args.items, checks=args.checks, seed=args.seed)
     page, key = page_and_key(pairs, args.title)
     key_path = os.path.splitext(args.output)[0] + ".key.json"
-    _write(args.output, page)
-    _write(key_path, json.dumps({**key, "systems": {"A": args.a, "B": args.b}, "seed": args.seed}, indent=1))
+    write_text(args.output, page)
+    write_text(key_path, json.dumps({**key, "systems": {"A": args.a, "B": args.b}, "seed": args.seed}, indent=1))
     contents = f"{args.items} pairs and {args.checks} attention checks"
     print(f"{args.output}: {contents}. {key_path} says which is whose: keep it to yourself.")
 
@@ -87,7 +88,7 @@ def count_votes(args: argparse.Namespace) -> None:
     excluded = f"; left out for failed attention checks: {', '.join(found.excluded)}" if found.excluded else ""
     print(f"{found.raters} raters{excluded}; {found.unanswered} pairs left open")
     if args.json:
-        _write(args.json, json.dumps({**found._asdict(), "systems": names}, indent=1))
+        write_json(args.json, {**found._asdict(), "systems": names})
 
 
 def _lines(path: str) -> List[str]:
@@ -109,11 +110,3 @@ def _json(path: str) -> dict:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no answers: give what the page's button downloaded, and the key as the last file")
     return content
-
-
-def _write(path: str, content: str) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(content)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from None

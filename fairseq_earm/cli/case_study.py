@@ -8,7 +8,7 @@ from typing import Dict, List, Sequence, Tuple
 from fairseq.data.data_utils import post_process
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, device
+from fairseq_earm.cli.common import check_json, device, write_text
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.case_page import Case, Piece, Translation, case_page, disagreement
 from fairseq_earm.evaluation.generated import is_generated, read_generated, text_lines
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     shown = _shown(args, indices, joined, texts)
     cases = _cases(args, shown, translators, tokens, joined, texts)
     origins = dict([*args.models, *args.systems])
-    _write(args.output, case_page(cases, title=args.title, chosen=_chosen(args, indices, shown), origins=origins))
+    write_text(args.output, case_page(cases, title=args.title, chosen=_chosen(args, indices, shown), origins=origins))
     print(f"{args.output}: {len(cases)} sentences of {args.gen_subset}")
 
 
@@ -209,11 +209,3 @@ def _pieces(
             names[-1], log_q[-1] = "after it", None
         found[index] = [Piece(*piece) for piece in zip(added, (-scores.logsumexp).tolist(), log_q, names)]
     return found
-
-
-def _write(path: str, content: str) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(content)
-    except OSError as error:
-        raise UsageError(f"--output {path} cannot be written: {error.strerror}") from None

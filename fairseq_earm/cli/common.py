@@ -48,14 +48,21 @@ def check_json(path: Optional[str], *, flag: str = "--json") -> None:
 
 
 def write_json(path: str, report: dict) -> None:
-    """Write a report as a whole: a command that is killed leaves no half of it.
+    """`write_text` of a report."""
+    write_text(path, json.dumps(report, indent=2), flag="--json")
 
+
+def write_text(path: str, content: str, *, flag: str = "--output") -> None:
+    """Write a file as a whole: a command that is killed leaves no half of it.
+
+    Args:
+        flag: that the path was given by.
     Raises:
         UsageError: it cannot be written.
     """
     try:
         with open(f"{path}.writing", "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
+            file.write(content)
         os.replace(f"{path}.writing", path)
     except OSError as error:
-        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None
+        raise UsageError(f"{flag} {path} cannot be written: {error.strerror}") from None

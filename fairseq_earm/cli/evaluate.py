@@ -13,7 +13,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, write_json
+from fairseq_earm.cli.common import check_json, write_json, write_text
 from fairseq_earm.cli.evaluated_texts import Texts, read_texts
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.score_tables import Table, latex_comment, latex_table, mean_and_spread, text_table
@@ -82,7 +82,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     footer = "\n".join([_how(report), *report["signatures"], *(f"Note: {note}" for note in report["notes"])])
     print("\n\n".join([*map(text_table, shown), footer]))
     if args.latex:
-        _write_latex(args.latex, "\n\n".join([*map(latex_table, shown), latex_comment(footer)]) + "\n")
+        latex = "\n\n".join([*map(latex_table, shown), latex_comment(footer)])
+        write_text(args.latex, latex + "\n", flag="--latex")
     if args.json:
         write_json(args.json, report)
 
@@ -237,14 +238,6 @@ def _how(report: dict) -> str:
             "of --paired-bs, is about half of it"
         )
     return "\n".join(lines)
-
-
-def _write_latex(path: str, text: str) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UsageError(f"--latex {path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

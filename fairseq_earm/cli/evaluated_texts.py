@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from fairseq_earm.cli.common import check_json
+from fairseq_earm.cli.common import check_json, write_text
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.run_folder import Run, read_run_folder
 
@@ -25,7 +25,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise UsageError(f"{len(names)} runs: more than {len(pages.RUN_COLOURS)} cannot be told apart in a panel; write several reports")
     check_json(args.output, flag="--output")
     runs = [read_run_folder(folder, name, logs.get(name, ())) for folder, name in zip(args.save_dir, names)]
-    _write(args.output, _page(pages, args, runs))
+    write_text(args.output, _page(pages, args, runs))
     for run in runs:
         print(_found(run))
     print(f"Page: {args.output}")
@@ -104,14 +104,6 @@ def _page(pages, args: argparse.Namespace, runs: Sequence[Run]) -> str:
         runs, title=args.title, results=[(path, tables) for path, tables in read if tables],
         unknown=[path for path, tables in read if not tables], samples=samples, notes=notes,
     )
-
-
-def _write(path: str, content: str) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(content)
-    except OSError as error:
-        raise UsageError(f"--output {path} cannot be written: {error.strerror}") from None
 
 
 def _found(run: Run) -> str:
