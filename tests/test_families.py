@@ -10,6 +10,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from scipy.stats import chi2
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.heads import check_projection
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import Predictions, scheduled_sampling
 from tests.criterions.stubs import Task
@@ -134,6 +135,22 @@ def test_models_that_do_not_hand_out_their_states_are_refused(family, monkeypatc
     monkeypatch.setattr(family.model.decoder, "adaptive_softmax", torch.nn.Identity(), raising=False)
     with pytest.raises(UsageError, match="--earm-loss-rows: .* leave the flag out"):
         criterion(family.model, family.sample)
+
+
+@pytest.mark.parametrize("name, attribute, says", [
+    ("FullyShardedDataParallel", None, "--ddp-backend fully_sharded"),
+    ("DistributedDataParallel", "find_unused_parameters", "--find-unused-parameters"),
+])
+def test_wrappers_that_do_not_know_of_the_projection_are_refused(name, attribute, says):
+    family = FAMILIES["encoder-decoder"](rounded=False)
+    wrapper = type(name, (torch.nn.Module,), {"decoder": family.model.decoder, attribute or "plain": True})()
+    tied = family.model.decoder.output_projection.weight
+    assert family.model.decoder.embed_tokens.weight is not tied
+    with pytest.raises(UsageError, match=says):
+        check_projection(wrapper)
+    if attribute:
+        family.model.decoder.embed_tokens.weight = tied
+        check_projection(wrapper)
 
 
 def test_flags_without_effect_are_refused(family):

@@ -1,4 +1,4 @@
-"""fairseq-earm-analyse cases: single translations of several systems, the energy of every token as a colour (Table 11)."""
+"""fairseq-earm-analyse cases: single translations of several systems, the energy of every token as a colour (Table 12)."""
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,4 @@
-"""fairseq-earm-analyse convergence: cross-entropy on training and test data by epoch, of several runs (the paper's Figure 1)."""
+"""fairseq-earm-analyse convergence: cross-entropy on training and test data by epoch, of several runs (the paper's Figure 2)."""
 from __future__ import annotations
 
 import argparse

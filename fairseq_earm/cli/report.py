@@ -1,6 +1,6 @@
 """fairseq-earm-report: one page about one or several training runs, from what they left in and beside their --save-dir.
 
-Found there: the newest checkpoint, logs (FOLDER/*.log, FOLDER.log, or folders of --tensorboard-logdir), the --json of this
+Found there: checkpoint_last.pt (or the best, or the newest), logs (FOLDER/*.log, FOLDER.log, or folders of --tensorboard-logdir), the --json of this
 package's commands, outputs of fairseq-generate and PNG images.
 """
 from __future__ import annotations

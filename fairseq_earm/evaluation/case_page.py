@@ -1,4 +1,4 @@
-"""A page of single translations: where they differ from the reference, and every token's energy as a colour (Wang et al., Table 11).
+"""A page of single translations: where they differ from the reference, and every token's energy as a colour (Wang et al., Table 12).
 
 log μ_k, the logsumexp of the logits at step k, is minus the energy that a model gives to the words before step k (Eq. 4). A
 colour tells how far a token's energy −log μ_k is from the model's mean: only differences within a model mean anything.

@@ -73,7 +73,7 @@ def _last_of_each(xs: Sequence[float], ys: Sequence[float]) -> Points:
 
 
 def convergence(runs: Mapping[str, Sequence[Convergence]], by: str, path: PathLike, title: str = "") -> None:
-    """The paper's Figure 1: a panel for each set; dotted where E-ARM enters.
+    """The paper's Figure 2: a panel for each set; dotted where E-ARM enters.
 
     Args:
         runs: label → its seeds.

@@ -79,6 +79,8 @@ def read_run_folder(folder: PathLike, name: str, logs: Sequence[PathLike] = ()) 
     Raises:
         UsageError: no such folder, or neither a checkpoint nor a log.
     """
+    if not Path(folder).is_dir():
+        raise UsageError(f"{folder}: there is no such folder; give the --save-dir of a run")
     notes: List[str] = []
     paths = [Path(log) for log in logs] or find_logs(folder)
     checkpoint = _newest_checkpoint(Path(folder), notes)

@@ -82,3 +82,11 @@ def check_projection(model) -> None:
             f"--earm-loss-rows: {type(model).__name__} does not hand out its states without its logits (transformer, "
             "transformer_lm and transformer_xl_lm without an adaptive softmax do); leave the flag out"
         )
+    # The projection is used outside of the wrapper's forward: a sharded one is gone by then, and DDP, asked to look for
+    # unused parameters, takes it for one, unless the decoder has read it as its embedding.
+    tied = getattr(getattr(decoder, "embed_tokens", None), "weight", None) is decoder.output_projection.weight
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise UsageError("--earm-loss-rows: does not go with --ddp-backend fully_sharded; leave the flag out, or use another backend")
+        if getattr(module, "find_unused_parameters", False) and not tied:
+            raise UsageError("--earm-loss-rows: --find-unused-parameters goes with a decoder's tied embedding only; leave one of the two out")
