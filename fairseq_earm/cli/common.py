@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 from typing import Optional
@@ -39,6 +40,22 @@ def text_task(dictionary: Dictionary, data: str) -> argparse.Namespace:
     return argparse.Namespace(
         source_dictionary=dictionary, target_dictionary=dictionary, args=argparse.Namespace(data=data)
     )
+
+
+def drawing(module: str, what: str, remedy: str = "install it"):
+    """A module of evaluation/ that draws with matplotlib, which need not be installed.
+
+    Args:
+        module: its name.
+        what: of the command asks for a drawing, and the verb: "--plot draws".
+        remedy: what to do without matplotlib.
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        return importlib.import_module(f"fairseq_earm.evaluation.{module}")
+    except ImportError:
+        raise UsageError(f"{what} with matplotlib, which is not installed: {remedy}") from None
 
 
 def check_json(path: Optional[str], *, flag: str = "--json") -> None:

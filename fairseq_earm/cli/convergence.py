@@ -5,7 +5,7 @@ import argparse
 import os
 from typing import Dict, List
 
-from fairseq_earm.cli.common import check_json, write_json
+from fairseq_earm.cli.common import check_json, drawing, write_json
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.training_log import find_logs, read_run
 
@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read, draw and write; says what each curve ends at."""
-    curves = _curves()
+    curves = drawing("curves", "fairseq-earm-analyse convergence draws")
     _check_flags(args)
     check_json(args.json)
     logs = {name: paths for name, *paths in args.runs}
@@ -60,14 +60,6 @@ def read_log_or_folder(path: str) -> dict:
     if not found:
         raise UsageError(f"{path} has no log of training in it, none beside it and none of TensorBoard's files: name the log itself")
     return read_run(found)
-
-
-def _curves():
-    try:
-        from fairseq_earm.evaluation import curves
-    except ImportError:
-        raise UsageError("fairseq-earm-analyse convergence draws with matplotlib, which is not installed: install it") from None
-    return curves
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from typing import List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, device, write_json
+from fairseq_earm.cli.common import check_json, device, drawing, write_json
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.exposure_bias import CONTEXTS, measure_pairs, summarize
 from fairseq_earm.evaluation.translate import Translator, fitting, open_translators, pairs_hash
@@ -26,7 +26,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; prints a table."""
     args = _parser().parse_args(argv)
     _check_flags(args)
-    plot = _plot() if args.plot else None
+    plot = drawing("exposure_plot", "--plot draws", "install it, or leave the flag out") if args.plot else None
     translators = open_translators(
         [("--path", args.path), ("--against", args.against)], args.data, args.gen_subset, device=device(args)
     )
@@ -69,14 +69,6 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
     check_json(args.json)
     check_json(args.plot, flag="--plot")
-
-
-def _plot():
-    try:
-        from fairseq_earm.evaluation import exposure_plot
-    except ImportError:
-        raise UsageError("--plot draws with matplotlib, which is not installed: install it, or leave the flag out") from None
-    return exposure_plot
 
 
 def _drawn(args: argparse.Namespace, translators: Sequence[Translator]) -> List[int]:

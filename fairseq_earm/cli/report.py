@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from fairseq_earm.cli.common import check_json, write_text
+from fairseq_earm.cli.common import check_json, drawing, write_text
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.run_folder import Run, read_run_folder
 
@@ -18,7 +18,7 @@ from fairseq_earm.evaluation.run_folder import Run, read_run_folder
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; says what went onto the page."""
     args = _parser().parse_args(argv)
-    pages = _pages()
+    pages = drawing("report_page", "fairseq-earm-report draws curves")
     names = _names(args)
     logs = _logs(args, names)
     if len(names) > len(pages.RUN_COLOURS):
@@ -43,14 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--title", default="Training report", help="heading of the page (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="sentences shown of each set (default: %(default)s)")
     return parser
-
-
-def _pages():
-    try:
-        from fairseq_earm.evaluation import report_page
-    except ImportError:
-        raise UsageError("fairseq-earm-report draws curves with matplotlib, which is not installed: install it") from None
-    return report_page
 
 
 def _names(args: argparse.Namespace) -> List[str]:

@@ -12,6 +12,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 from tqdm import tqdm
 
+from fairseq_earm.cli.common import drawing
 from fairseq_earm.cli.joint_setup import Measured, numbers, open_measured, spread
 from fairseq_earm.ebm.partition import log_partition
 from fairseq_earm.ebm.weights import effective_sample_size, resample
@@ -84,7 +85,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draw, measure, write and print."""
     _check_flags(args)
-    plots = _plots()
+    plots = drawing("plots", "fairseq-earm-analyse report draws figures")
     measured = open_measured(args)
     perplexity = _read_perplexity(args) if args.perplexity else None
     drawn = [_draw(args, measured, index) for index in tqdm(measured.indices, desc="samples", unit="prefix", disable=None)]
@@ -110,14 +111,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         os.makedirs(args.output, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {args.output} cannot be made: {error.strerror}") from None
-
-
-def _plots():
-    try:
-        from fairseq_earm.evaluation import plots
-    except ImportError:
-        raise UsageError("fairseq-earm-analyse report draws figures with matplotlib, which is not installed: install it") from None
-    return plots
 
 
 def _read_perplexity(args: argparse.Namespace) -> dict:
