@@ -1,22 +1,16 @@
 """Ancestral sampling from an encoder-decoder model's own softmax, token by token."""
 from __future__ import annotations
 
-import logging
+import math
 from typing import Optional
 
 import torch
-from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
-from fairseq_earm.ebm.energy import widen
+from fairseq_earm.sampling.decoding import decode
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.samples import Samples
-from fairseq_earm.sampling.scoring import full_logits, start_tokens
-
-logger = logging.getLogger(__name__)
-
-# Finished rows leave the batch together, once they are this share of it: compacting the cache is a copy of all of it.
-COMPACT_SHARE = 0.1
+from fairseq_earm.sampling.scoring import start_tokens
 
 
 class AncestralSampler:
@@ -53,10 +47,11 @@ class AncestralSampler:
         starts = start_tokens(net_input, self.eos)[sources]
         forced = None if prefix_tokens is None else prefix_tokens[sources]
         with isolated(model, inputs["src_tokens"]):
-            encoder_out = model.encoder.reorder_encoder_out(model.encoder(**inputs), sources)
-            return self._draw_all(model, encoder_out, sources, starts, limits, forced)
+            decoding = decode(model.decoder, model.encoder, model.encoder(**inputs))
+            decoding.select(sources)
+            return self._draw_all(decoding, sources, starts, limits, forced)
 
-    def _draw_all(self, model, encoder_out, sources, starts, limits, forced: Optional[Tensor]) -> Samples:
+    def _draw_all(self, decoding, sources, starts, limits, forced: Optional[Tensor]) -> Samples:
         count, longest = sources.numel(), int(limits.max())
         given = 0 if forced is None else forced.size(1)
         prefixes = sources.new_full((count, longest + 1), self.pad)
@@ -66,13 +61,13 @@ class AncestralSampler:
         truncated = torch.zeros_like(sources, dtype=torch.bool)
         rows = torch.arange(count, device=sources.device)
         live = torch.ones_like(rows, dtype=torch.bool)
-        decoding = _Decoding(model, encoder_out)
 
         for step in range(longest):
             # A finished row that is still in the batch reads end-of-sentence: anything but padding will do.
             read = prefixes[rows, : step + 1]
             logits = decoding.next_logits(read.masked_fill(read.eq(self.pad), self.eos))
-            tokens, log_probs = draw(without_padding(logits, self.pad))
+            logits[:, self.pad] = -math.inf
+            tokens, log_probs = draw(logits)
             if step < given:
                 tokens, log_probs = forced[rows, step], torch.zeros_like(log_probs)
             open_rows = rows[live]
@@ -86,9 +81,10 @@ class AncestralSampler:
             remaining = int(live.sum())
             if remaining == 0:
                 break
-            if remaining <= (1 - COMPACT_SHARE) * rows.numel():
-                decoding.keep(live.nonzero().squeeze(1))
-                rows, live = rows[live], live[live]
+            if remaining < rows.numel() and remaining <= (1 - decoding.dead_share) * rows.numel():
+                kept = _closed_up(live)
+                decoding.select(kept)
+                rows, live = rows[kept], live[kept]
 
         return self._pack(prefixes[:, 1:], log_q, lengths, given, truncated, sources)
 
@@ -115,14 +111,14 @@ def draw(logits: Tensor, generator: Optional[torch.Generator] = None) -> tuple:
     Returns:
         (R,) tokens and (R,) their log-probability.
     """
-    log_probs = logits.log_softmax(-1)
-    cumulative = log_probs.exp().cumsum(-1)
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     point = torch.rand(total.shape, generator=generator, dtype=total.dtype, device=total.device) * total
     # Rounding could lift the point onto the total, behind the last token that has any probability.
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, point, right=True).clamp_max(logits.size(-1) - 1)
-    return tokens.squeeze(1), log_probs.gather(1, tokens).squeeze(1)
+    return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
 
 
 def without_padding(logits: Tensor, pad: int) -> Tensor:
@@ -130,36 +126,10 @@ def without_padding(logits: Tensor, pad: int) -> Tensor:
     return logits.index_fill(-1, torch.tensor([pad], device=logits.device), -float("inf"))
 
 
-class _Decoding:
-    """One decoder pass after the other, with the key-value cache where the model has one."""
-
-    def __init__(self, model, encoder_out):
-        self.encoder = model.encoder
-        self.decoder = model.decoder
-        self.encoder_out = encoder_out
-        self.cache = {} if isinstance(model.decoder, FairseqIncrementalDecoder) else None
-        if self.cache is None:
-            _warn_without_cache(type(model.decoder).__name__)
-
-    def next_logits(self, prefixes: Tensor) -> Tensor:
-        """(R, V) logits of the token after `prefixes` (R, t), at least float32."""
-        extra = {} if self.cache is None else {"incremental_state": self.cache}
-        output = self.decoder(prefixes, encoder_out=self.encoder_out, **extra)
-        return widen(full_logits(self.decoder, output)[:, -1])
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows of the batch but `rows`."""
-        self.encoder_out = self.encoder.reorder_encoder_out(self.encoder_out, rows)
-        if self.cache is not None:
-            self.decoder.reorder_incremental_state_scripting(self.cache, rows)
-
-
-_warned = set()
-
-
-def _warn_without_cache(decoder_name: str) -> None:
-    if decoder_name not in _warned:
-        _warned.add(decoder_name)
-        logger.warning(
-            f"{decoder_name} has no incremental decoding: negatives are sampled by a full pass per token, which is slow"
-        )
+def _closed_up(live: Tensor) -> Tensor:
+    """Rows that are live, the last ones of them in the places of those that are not."""
+    count = int(live.sum())
+    gaps = (~live[:count]).nonzero().squeeze(1)
+    kept = torch.arange(count, device=live.device)
+    kept[gaps] = live[count:].nonzero().squeeze(1) + count
+    return kept

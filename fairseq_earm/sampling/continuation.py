@@ -1,6 +1,7 @@
 """Continuations of given prefixes, of a fixed number of tokens, drawn from a language model."""
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.ancestral import draw, without_padding
-from fairseq_earm.sampling.prefill import prefill
+from fairseq_earm.sampling.decoding import decode
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scoring import decoder_input, full_logits
 from fairseq_earm.sampling.search import truncate_log_probs
@@ -72,15 +73,15 @@ class ContinuationSampler:
         """
         length = self.length if length is None else length
         sources = torch.arange(read.size(0), device=read.device).repeat_interleave(samples)
-        cache: dict = {}
-        prefill(model.decoder, read[:, :-1], cache)
-        logits = self._next_logits(model, read, cache)[sources]
+        decoding = decode(model.decoder)
+        decoding.prefill(read[:, :-1])
+        logits = decoding.next_logits(read)[sources]
+        decoding.select(sources)
         read = read[sources]
-        model.decoder.reorder_incremental_state_scripting(cache, sources)
         given, log_q = read.size(1), []
         for step in range(length):
             if step > 0:
-                logits = self._next_logits(model, read, cache)
+                logits = decoding.next_logits(read)
             tokens, log_probs = draw(self._proposal(logits), generator)
             read = torch.cat([read, tokens.unsqueeze(1)], 1)
             log_q.append(log_probs)
@@ -91,11 +92,10 @@ class ContinuationSampler:
         truncated = torch.zeros_like(sources, dtype=torch.bool)
         return Samples(tokens, everywhere, torch.stack(log_q, 1), truncated, sources)
 
-    def _next_logits(self, model, read: Tensor, cache: dict) -> Tensor:
-        return widen(full_logits(model.decoder, model.decoder(read, incremental_state=cache))[:, -1])
-
     def _proposal(self, logits: Tensor) -> Tensor:
-        logits = without_padding(logits, self.pad) / self.temperature
+        logits[:, self.pad] = -math.inf
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if self.topk < 1 and self.topp <= 0:
             return logits  # `draw` normalises them
         return truncate_log_probs(logits.log_softmax(-1), self.topk, self.topp)

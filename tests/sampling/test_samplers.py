@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from fairseq_earm.sampling.ancestral import AncestralSampler, draw, max_lengths
+from fairseq_earm.sampling.decoding import StockSteps
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.scoring import decoder_input
 from fairseq_earm.sampling.search import GeneratorSampler, truncate_log_probs
+from fairseq_earm.sampling.transformer_steps import TransformerSteps
 from tests.tiny_language import ADAPTIVE
 from tests.tiny_model import enumerate_targets, tiny_batch, tiny_model
 
@@ -145,16 +147,21 @@ def test_prefix_tokens_are_kept_and_not_charged(name):
     assert samples.log_q[row].sum().item() == pytest.approx(exact[full] - math.log(total), abs=1e-4)
 
 
-def test_without_a_cache_the_same_is_drawn(monkeypatch, caplog):
-    model = tiny_model()
+@pytest.mark.parametrize("cache", [True, False], ids=["fairseq's cache", "no cache"])
+def test_every_way_of_decoding_draws_the_same(monkeypatch, caplog, cache):
+    model = tiny_model(decoder_normalize_before=True)
     sampler, _ = samplers(model.decoder.dictionary)["ancestral"]
     torch.manual_seed(5)
-    cached = sampler(model, tiny_batch(model), negatives=40)
-    monkeypatch.setattr("fairseq_earm.sampling.ancestral.FairseqIncrementalDecoder", torch.nn.Embedding)
-    uncached = sampler(model, tiny_batch(model), negatives=40)
-    assert torch.equal(cached.tokens, uncached.tokens)
-    assert torch.allclose(cached.log_q, uncached.log_q, atol=1e-6)
-    assert "no incremental decoding" in caplog.text
+    quick = sampler(model, tiny_batch(model), negatives=40)
+    monkeypatch.setattr(TransformerSteps, "knows", staticmethod(lambda decoder: False))
+    monkeypatch.setattr(StockSteps, "dead_share", TransformerSteps.dead_share)  # random numbers go by row
+    if not cache:
+        monkeypatch.setattr("fairseq_earm.sampling.decoding.FairseqIncrementalDecoder", torch.nn.Embedding)
+    plain = sampler(model, tiny_batch(model), negatives=40)
+    assert torch.equal(quick.tokens, plain.tokens) and torch.equal(quick.truncated, plain.truncated)
+    assert len({*sequences(quick)}) > 3
+    assert torch.allclose(quick.log_q, plain.log_q, atol=1e-6)
+    assert ("no incremental decoding" in caplog.text) is not cache
 
 
 def test_start_token_of_the_batch_is_used():

@@ -1,0 +1,72 @@
+"""Decoding one token after the other: what a sampler asks of a decoder, and the plain way to have it from any."""
+from __future__ import annotations
+
+import logging
+
+from fairseq.models import FairseqIncrementalDecoder
+from torch import Tensor
+
+from fairseq_earm.ebm.energy import widen
+from fairseq_earm.sampling.prefill import prefill
+from fairseq_earm.sampling.scoring import full_logits
+from fairseq_earm.sampling.transformer_steps import TransformerSteps
+
+logger = logging.getLogger(__name__)
+
+
+class StockSteps:
+    """fairseq's own incremental decoding, or a full pass per token where a decoder has none.
+
+    Args:
+        decoder: a fairseq decoder.
+        encoder: the encoder of an encoder-decoder model, which knows how to pick rows of its output.
+        encoder_out: its output.
+    """
+
+    # Finished rows leave the batch together, once they are this share of it: each time is a copy of the whole cache.
+    dead_share = 0.1
+
+    def __init__(self, decoder, encoder=None, encoder_out=None):
+        self.decoder = decoder
+        self.encoder = encoder
+        self.encoder_out = encoder_out
+        self.cache = {} if isinstance(decoder, FairseqIncrementalDecoder) else None
+        if self.cache is None:
+            _warn_without_cache(type(decoder).__name__)
+
+    def prefill(self, prefixes: Tensor) -> None:
+        """Read (R, P) tokens without padding, before any step."""
+        prefill(self.decoder, prefixes, self.cache)
+
+    def next_logits(self, prefixes: Tensor) -> Tensor:
+        """(R, V) logits of the token after `prefixes` (R, t), whose last token was not read yet; at least float32."""
+        extra = {} if self.cache is None else {"incremental_state": self.cache}
+        if self.encoder is not None:
+            extra["encoder_out"] = self.encoder_out
+        output = self.decoder(prefixes, **extra)
+        return widen(full_logits(self.decoder, output)[:, -1])
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order; some may be left out, some be there many times."""
+        if self.encoder is not None:
+            self.encoder_out = self.encoder.reorder_encoder_out(self.encoder_out, rows)
+        if self.cache is not None:
+            self.decoder.reorder_incremental_state_scripting(self.cache, rows)
+
+
+def decode(decoder, encoder=None, encoder_out=None):
+    """The quickest way of decoding that knows this decoder: `TransformerSteps` or `StockSteps`."""
+    if TransformerSteps.knows(decoder):
+        return TransformerSteps(decoder, encoder_out)
+    return StockSteps(decoder, encoder, encoder_out)
+
+
+_warned = set()
+
+
+def _warn_without_cache(decoder_name: str) -> None:
+    if decoder_name not in _warned:
+        _warned.add(decoder_name)
+        logger.warning(
+            f"{decoder_name} has no incremental decoding: negatives are sampled by a full pass per token, which is slow"
+        )

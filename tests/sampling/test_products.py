@@ -1,0 +1,43 @@
+"""Products with a weight in the processor's own order."""
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fairseq_earm.sampling import products
+from fairseq_earm.sampling.products import Product
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_large_and_small_weights_give_the_product(rows, bias):
+    torch.manual_seed(1)
+    for out, inside in ((1024, 256), (5, 3)):
+        weight = torch.randn(out, inside)
+        offset = torch.randn(out) if bias else None
+        product, x = Product(weight, offset), torch.randn(rows, inside)
+        exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+        assert torch.allclose(product(x).double(), exact, rtol=1e-4, atol=1e-4)
+        assert (product.packed is not None) is (products._can_pack() and weight.numel() >= products.LEAST)
+
+
+def test_only_what_gains_is_packed():
+    large = torch.randn(1024, 256)
+    assert Product(large.double()).packed is None and Product(large.bfloat16()).packed is None
+    with torch.autocast("cpu", torch.bfloat16):
+        product = Product(large)
+        assert product.packed is None and product(torch.randn(2, 256)).dtype == torch.bfloat16
+
+
+def test_a_torch_without_such_products_is_served_too(monkeypatch):
+    def missing(*_):
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(products, "_pack", missing)
+    products._can_pack.cache_clear()
+    try:
+        weight, x = torch.randn(1024, 256), torch.randn(3, 256)
+        assert torch.equal(Product(weight)(x), F.linear(x, weight))
+    finally:
+        products._can_pack.cache_clear()
