@@ -11,6 +11,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
+from fairseq_earm.compat_loading import checks_what_it_loads
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.generated import is_generated, text_lines
 from fairseq_earm.evaluation.page import PNG
@@ -123,7 +124,7 @@ def _newest_checkpoint(folder: Path, notes: List[str]) -> Optional[Checkpoint]:
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
-    state = torch.load(path, map_location="cpu")
+    state = torch.load(path, map_location="cpu", weights_only=checks_what_it_loads())
     groups = state["cfg"] if state.get("cfg") is not None else {"args": state["args"]}
     tensors = {(tensor.data_ptr(), tensor.shape): tensor.numel() for tensor in state["model"].values() if tensor.dim() > 0}
     history = state.get("optimizer_history") or [{}]
