@@ -36,8 +36,10 @@ class StepStatistics(NamedTuple):
         return (2 * self.log_sum - self.log_square_sum).exp() / self.negatives.clamp_min(1)
 
     def up_to(self, steps: int) -> StepStatistics:
-        """Those of the first steps."""
-        return StepStatistics(*(each[:, :steps] for each in self))
+        """Those of so many steps: cut, or padded with statistics of nothing."""
+        rows, own = self.data.shape
+        nothing = no_statistics(max(0, steps - own), self.data.device)
+        return StepStatistics(*(torch.cat([each[:, :steps], none.expand(rows, -1)], 1) for each, none in zip(self, nothing)))
 
 
 def step_statistics(

@@ -255,8 +255,7 @@ def test_losses_of_parts_are_the_loss_of_the_whole(settings, moving):
     steps = settings.get("energy_steps", "all")
     own = [batch_statistics(part[1], *part[2:], energy_steps=steps) for part in parts]
     longest = max(each.data.size(1) for each in own)
-    padded = [[torch.cat(pair, 1) for pair in zip(each, no_statistics(longest - each.data.size(1)))] for each in own]
-    joint = join_statistics(StepStatistics(*(torch.cat(each) for each in zip(*padded))))
+    joint = join_statistics(StepStatistics(*(torch.cat(each) for each in zip(*(each.up_to(longest) for each in own)))))
     found = [earm_loss(*part, **settings, **normaliser, statistics=joint) for part in parts]
 
     loss = sum(each.loss for each in found)
