@@ -17,6 +17,8 @@ from fairseq_earm.errors import UsageError
 
 def apply() -> None:
     """Refuse what cannot work, mend what can."""
+    from fairseq_earm.compat_saving import write_checkpoints_whole  # which needs `_wrap`
+
     check_versions()
     restore_numpy_names()
     read_numpy_2_arrays()
@@ -27,7 +29,7 @@ def apply() -> None:
     report_left_out_sentences()
     refuse_to_spawn_nothing()
     notice_torchrun()
-    copy_checkpoints_whole()
+    write_checkpoints_whole()
     train_adaptive_softmax_as_a_whole()
 
 
@@ -231,23 +233,6 @@ def _refuse_single_workers(distributed) -> None:
             f"into the same --save-dir; give --distributed-world-size {started} (on CPU with the other flags that the README "
             "names), or start one worker"
         )
-
-
-def copy_checkpoints_whole() -> None:
-    """fairseq writes checkpoint_last.pt by copying into it: a run killed meanwhile could not be resumed from it."""
-    from fairseq.file_io import PathManager
-
-    def replace(original):
-        def copy(src_path, dst_path, overwrite=False):
-            if not PathManager.supports_rename(dst_path):
-                return original(src_path, dst_path, overwrite)
-            copied = original(src_path, f"{dst_path}.copying", True)
-            os.replace(f"{dst_path}.copying", dst_path)
-            return copied
-
-        return copy
-
-    _wrap(PathManager, "copy", replace)
 
 
 def train_adaptive_softmax_as_a_whole() -> None:

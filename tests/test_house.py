@@ -10,7 +10,7 @@ FLOORS = {
 }
 # Rooms that may know one beside them: tasks wrap or build their generator, RALM loads its base as samplers do.
 NEIGHBOURS = {("tasks", "reranking"), ("tasks", "joint_generation"), ("models", "sampling")}
-ANYWHERE = {"errors", "compat", "compat_versions", "meter_state"}
+ANYWHERE = {"errors", "meter_state"} | {path.stem for path in PACKAGE.glob("compat*.py")}
 
 
 def imported_modules(path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import platform
 import statistics
 import time
@@ -11,7 +12,7 @@ from typing import Callable, Dict, List, NamedTuple, Sequence
 
 import torch
 
-Variant = Callable[[], object]
+Variant = Callable[[], object]  # what it returns, if it is a number, is how many things it made
 
 
 class Cost(NamedTuple):
@@ -19,13 +20,16 @@ class Cost(NamedTuple):
 
     Attributes:
         seconds: median over the rounds.
-        ratio: median over the rounds of its time over the first variant's in the same round.
+        ratio: median over the rounds of its time over the first variant's in the same round; where things are counted, of
+            its time for one of them.
         megabytes: most memory held beyond what was held before the call.
+        rate: things made per second, median over the rounds; not a number where nothing is counted.
     """
 
     seconds: float
     ratio: float
     megabytes: float
+    rate: float
 
 
 def compare(variants: Dict[str, Variant], rounds: int = 5) -> Dict[str, Cost]:
@@ -35,29 +39,37 @@ def compare(variants: Dict[str, Variant], rounds: int = 5) -> Dict[str, Cost]:
     """
     megabytes = {name: peak_memory(variant) for name, variant in variants.items()}
     seconds: Dict[str, List[float]] = {name: [] for name in variants}
+    made: Dict[str, List[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, variant in variants.items():
-            seconds[name].append(_time(variant))
-    first = seconds[next(iter(variants))]
-    return {
-        name: Cost(statistics.median(own), statistics.median(a / b for a, b in zip(own, first)), megabytes[name])
-        for name, own in seconds.items()
-    }
+            time_taken, count = _time(variant)
+            seconds[name].append(time_taken)
+            made[name].append(math.nan if count is None else count)
+    return {name: _cost(seconds, made, name, megabytes[name]) for name in variants}
 
 
-def _time(variant: Variant) -> float:
-    _synchronise()
+def _cost(seconds: Dict[str, List[float]], made: Dict[str, List[float]], name: str, megabytes: float) -> Cost:
+    rates = {key: [count / time_taken for count, time_taken in zip(made[key], seconds[key])] for key in seconds}
+    counted = not math.isnan(sum(map(sum, rates.values())))
+    first = next(iter(seconds))
+    pairs = zip(rates[first], rates[name]) if counted else zip(seconds[name], seconds[first])
+    ratio = statistics.median(above / below for above, below in pairs)
+    return Cost(statistics.median(seconds[name]), ratio, megabytes, statistics.median(rates[name]))
+
+
+def _time(variant: Variant) -> tuple:
+    synchronise()
     started = time.perf_counter()
-    variant()
-    _synchronise()
-    return time.perf_counter() - started
+    made = variant()
+    synchronise()
+    return time.perf_counter() - started, made
 
 
 def peak_memory(variant: Variant) -> float:
     """MB held at most during a call beyond what was held before it: of the GPU where there is one, else of the process."""
     gc.collect()
     if torch.cuda.is_available():
-        _synchronise()
+        synchronise()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         variant()
@@ -85,7 +97,8 @@ def _resident(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for what the GPU still does."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

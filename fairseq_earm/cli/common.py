@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
-from typing import Optional
+from typing import Iterator, Optional
 
 import torch
 from fairseq.data import Dictionary
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.whole_file import whole_file
 
 
 def device(args: argparse.Namespace) -> torch.device:
@@ -59,9 +61,17 @@ def drawing(module: str, what: str, remedy: str = "install it"):
 
 
 def check_json(path: Optional[str], *, flag: str = "--json") -> None:
-    """Refuse, before any work, a file for results that cannot be written for want of a folder."""
-    if path and not os.path.isdir(os.path.dirname(path) or "."):
+    """Refuse, before any work, a file for results that cannot be written for want of a folder, or of leave to write there."""
+    if not path:
+        return
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
         raise UsageError(f"{flag} {path}: there is no such folder; create it first")
+    if os.path.isdir(path):
+        raise UsageError(f"{flag} {path} cannot be written: it is a folder; give a file")
+    is_device = os.path.exists(path) and not os.path.isfile(path)
+    if not os.access(path if is_device else folder, os.W_OK):
+        raise UsageError(f"{flag} {path} cannot be written: {folder} may not be written to; give another, or leave to write")
 
 
 def write_json(path: str, report: dict) -> None:
@@ -77,9 +87,20 @@ def write_text(path: str, content: str, *, flag: str = "--output") -> None:
     Raises:
         UsageError: it cannot be written.
     """
+    with writing(flag, path), whole_file(path) as file:
+        file.write(content.encode())
+
+
+@contextlib.contextmanager
+def writing(flag: str, path: str) -> Iterator[None]:
+    """Say in one line what the file system refuses meanwhile.
+
+    Raises:
+        UsageError: names the flag, its path and the remedy.
+    """
     try:
-        with open(f"{path}.writing", "w", encoding="utf-8") as file:
-            file.write(content)
-        os.replace(f"{path}.writing", path)
+        yield
     except OSError as error:
-        raise UsageError(f"{flag} {path} cannot be written: {error.strerror}") from None
+        reason = error.strerror or str(error)
+        remedy = "" if isinstance(error, BlockingIOError) else "; make room or leave to write, or give another"
+        raise UsageError(f"{flag} {path} cannot be written: {reason}{remedy}") from None

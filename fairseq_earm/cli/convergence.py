@@ -5,7 +5,7 @@ import argparse
 import os
 from typing import Dict, List
 
-from fairseq_earm.cli.common import check_json, drawing, write_json
+from fairseq_earm.cli.common import check_json, drawing, write_json, writing
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.training_log import find_logs, read_run
 
@@ -37,10 +37,8 @@ def run(args: argparse.Namespace) -> None:
         for path, seed in zip(logs[name], seeds):
             if not seed.curves:
                 raise UsageError(f"--run {name} {path}: no loss was logged by {args.by}; give another log, or --by update")
-    try:
+    with writing("--output", args.output):
         curves.convergence(runs, args.by, args.output, args.title)
-    except OSError as error:
-        raise UsageError(f"--output {args.output} cannot be written: {error.strerror or error}") from None
     for name, seeds in runs.items():
         print(f"{name}: {_ends(seeds, args.by)}")
     print(f"Figure: {args.output}")

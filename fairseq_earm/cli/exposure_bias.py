@@ -12,11 +12,11 @@ from typing import List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, device, drawing, write_json
+from fairseq_earm.cli.common import check_json, device, drawing, write_json, writing
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.exposure_bias import CONTEXTS, measure_pairs, summarize
 from fairseq_earm.evaluation.translate import Translator, fitting, open_translators, pairs_hash
-from fairseq_earm.evaluation.work_file import WorkFile
+from fairseq_earm.evaluation.work_file import WorkFile, open_work
 from fairseq_earm.sampling.frozen import file_hash
 
 logger = logging.getLogger(__name__)
@@ -32,15 +32,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
     indices = _drawn(args, translators)
     settings = _settings(args, translators, indices)
-    work = WorkFile(f"{args.json}.partial", settings, flag=f"--json {args.json}") if args.json else None
-    records = _measure_all(args, translators, indices, work)
-    report = {**summarize(records, seed=args.seed), "settings": {"a": args.path, "b": args.against, **settings}}
-    print(_table(args, report))
-    if work:
-        write_json(args.json, report)
-        work.remove()
-    if plot:
-        _draw(plot, args, report)
+    with open_work(args.json, settings) as work:
+        records = _measure_all(args, translators, indices, work)
+        report = {**summarize(records, seed=args.seed), "settings": {"a": args.path, "b": args.against, **settings}}
+        print(_table(args, report))
+        if plot:
+            with writing("--plot", args.plot):
+                plot.ratios_by_position(report["by_position"], args.plot)
+        if work:
+            write_json(args.json, report)
+            work.remove()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,10 +152,3 @@ def _figures(row: dict, form: str) -> str:
         return f"{'-':>8}"
     low, high = (format(value, form) for value in row["interval"])
     return f"{format(row['ratio'], form):>8}   {low} to {high}"
-
-
-def _draw(plot, args: argparse.Namespace, report: dict) -> None:
-    try:
-        plot.ratios_by_position(report["by_position"], args.plot)
-    except OSError as error:
-        raise UsageError(f"--plot {args.plot} cannot be written: {error.strerror}") from None

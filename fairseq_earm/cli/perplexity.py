@@ -16,7 +16,7 @@ from fairseq_earm.cli.common import check_json, device, write_json
 from fairseq_earm.cli.joint_setup import Measured, numbers, open_measured
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
-from fairseq_earm.evaluation.work_file import WorkFile
+from fairseq_earm.evaluation.work_file import WorkFile, open_work
 from fairseq_earm.sampling.frozen import file_hash
 from fairseq_earm.sampling.store_settings import BREAK_MODES, DTYPES
 
@@ -31,18 +31,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     _check_flags(args)
     measured = open_measured(args)
     settings = _settings(args, measured)
-    work = WorkFile(f"{args.json}.partial", settings, flag=f"--json {args.json}") if args.json else None
-    records = _measure_all(args, measured, work)
-    report = {
-        "conditions": measured.conditions,
-        "skipped": measured.skipped,
-        **summarize(records, args.samples, per_step=args.per_step),
-        "settings": {"path": args.path, "energy_path": args.energy_path, **settings},
-    }
-    print(_table(report))
-    if work:
-        write_json(args.json, report)
-        work.remove()
+    with open_work(args.json, settings) as work:
+        records = _measure_all(args, measured, work)
+        report = {
+            "conditions": measured.conditions,
+            "skipped": measured.skipped,
+            **summarize(records, args.samples, per_step=args.per_step),
+            "settings": {"path": args.path, "energy_path": args.energy_path, **settings},
+        }
+        print(_table(report))
+        if work:
+            write_json(args.json, report)
+            work.remove()
 
 
 def _parser() -> argparse.ArgumentParser:

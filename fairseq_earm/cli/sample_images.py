@@ -15,8 +15,9 @@ from fairseq import checkpoint_utils
 from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import device
+from fairseq_earm.cli.common import device, writing
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.whole_file import whole_file
 from fairseq_earm.sampling.images import draw_images
 
 ENDING = ".png"
@@ -140,10 +141,8 @@ def _write(grid: np.ndarray, path: str) -> None:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq has everything logged
     from matplotlib import image
 
-    try:
-        image.imsave(path, grid)
-    except OSError as error:
-        raise UsageError(f"--output {path} cannot be written: {error.strerror or error}") from None
+    with writing("--output", path), whole_file(path) as file:
+        image.imsave(file, grid, format=ENDING[1:])
 
 
 def _size(decoder) -> str:

@@ -12,7 +12,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import drawing
+from fairseq_earm.cli.common import drawing, write_text, writing
 from fairseq_earm.cli.joint_setup import Measured, numbers, open_measured, spread
 from fairseq_earm.ebm.partition import log_partition
 from fairseq_earm.ebm.weights import effective_sample_size, resample
@@ -92,9 +92,10 @@ def run(args: argparse.Namespace) -> None:
     if perplexity is None:
         perplexity = _measure(args, measured)
     report = _report(args, measured, drawn, perplexity)
-    _write(args, report, drawn, measured.model.dictionary, measured)
-    _draw_figures(plots, args.output, report)
     print(_table(report))
+    _write(args, report, drawn, measured.model.dictionary, measured)
+    with writing("--output", args.output):
+        _draw_figures(plots, args.output, report)
     print(f"Numbers, figures and texts are in {args.output}")
 
 
@@ -111,6 +112,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         os.makedirs(args.output, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {args.output} cannot be made: {error.strerror}") from None
+    if not os.access(args.output, os.W_OK):
+        raise UsageError(f"--output {args.output} cannot be written: no leave to write there; give another")
 
 
 def _read_perplexity(args: argparse.Namespace) -> dict:
@@ -187,14 +190,10 @@ def _write(args: argparse.Namespace, report: dict, drawn: List[Drawn], dictionar
     """report.json, and the texts line by line for `ab-export` or anything else."""
     prefixes = [measured.item(index)[: measured.model.prefix_length] for index in measured.indices]
     texts = {"prefixes": prefixes, **{source: [each.tokens[source] for each in drawn] for source in SOURCES}}
-    try:
-        with open(os.path.join(args.output, "report.json"), "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-        for name, rows in texts.items():
-            with open(os.path.join(args.output, f"{name}.txt"), "w", encoding="utf-8") as file:
-                file.writelines(dictionary.string(row, args.post_process) + "\n" for row in rows)
-    except OSError as error:
-        raise UsageError(f"--output {args.output} cannot be written: {error.strerror}") from None
+    write_text(os.path.join(args.output, "report.json"), json.dumps(report, indent=2))
+    for name, rows in texts.items():
+        lines = "".join(dictionary.string(row, args.post_process) + "\n" for row in rows)
+        write_text(os.path.join(args.output, f"{name}.txt"), lines)
 
 
 def _draw_figures(plots, folder: str, report: dict) -> None:

@@ -8,12 +8,13 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.logging import metrics
 
+from fairseq_earm.criterions.all_workers import AllWorkers
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config, check_effect, check_task
 from fairseq_earm.criterions.earm_log import earm_values, log_entries, reduce_earm_metrics
 from fairseq_earm.criterions.training_clock import EarmSchedule, NonfiniteGuard, TrainingClock
-from fairseq_earm.ebm.earm import earm_loss, nll_terms
-from fairseq_earm.ebm.energy import TokenEnergies, last_step, smoothed_nll
-from fairseq_earm.ebm.weights import moving_log_normalizer, step_log_normalizer
+from fairseq_earm.ebm.earm import batch_statistics, earm_loss, nll_terms
+from fairseq_earm.ebm.energy import TokenEnergies, smoothed_nll
+from fairseq_earm.ebm.weights import moving_log_normalizer, no_statistics
 from fairseq_earm.meter_state import MeterState, restore_state_at_epoch_ends
 from fairseq_earm.sampling.encoder_decoder import EncoderDecoderFamily
 from fairseq_earm.sampling.scoring import post_tokens, with_post_step
@@ -38,8 +39,11 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         self.post = cfg.earm_energy_steps == "post"
         self.state = MeterState()
         restore_state_at_epoch_ends()
-        self.guard = NonfiniteGuard(task, self.state)
-        self.schedule = EarmSchedule(cfg, TrainingClock(task), self.state)
+        self.clock = TrainingClock(task)
+        self.schedule = EarmSchedule(cfg, self.clock, self.state)
+        self.guard = NonfiniteGuard(task, self._is_active, self.state)
+        self.workers = AllWorkers(task, self._shares_normalizer, self._move_normalizer)
+        self.moving_normalizer = None
         self.checked = False
 
     def forward(self, model, sample, reduce=True):
@@ -54,13 +58,20 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
             logging_output.update(log_entries(loss))
             return loss, sample_size, logging_output
-        self.guard.armed = True
         return self._forward_with_energy(model, sample, weight)
+
+    def _is_active(self) -> bool:
+        """Whether E-ARM is used in the training step under way."""
+        return self.schedule.current_weight() > 0
+
+    def _shares_normalizer(self) -> bool:
+        """Whether that step has negatives whose weights are normalised over all workers."""
+        return self._is_active() and self.cfg.earm_normalizer == "batch" and not self.cfg.earm_control
 
     def _forward_in_rows(self, model, sample):
         """Cross-entropy alone, without ever holding all logits."""
         mask, head = self._mask(sample), self.family.forward(model, sample).data
-        energies, _, smoothed = self._scores(head, sample["target"], mask)
+        energies, _, smoothed = self._scores(head, sample["target"], mask, smoothed=True)
         loss, nll = _sum(smoothed, mask), _sum(energies.nll, mask)
         return self._finish(loss, nll, sample, None, head, mask)
 
@@ -75,10 +86,11 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             seconds = time.perf_counter() - started
             passes = self.family.forward_pair(model, sample, samples)
 
-        energies, alive, smoothed = self._scores(passes.data, target, mask)
+        energies, alive, smoothed = self._scores(passes.data, target, mask, smoothed=True)
         cross_entropy, nll = _sum(smoothed, mask), _sum(energies.nll, mask)
         if passes.teacher_forced is not passes.data:
-            energies, alive, smoothed = self._scores(passes.teacher_forced, target, mask)
+            smooth = self.cfg.earm_smooth_history
+            energies, alive, smoothed = self._scores(passes.teacher_forced, target, mask, smoothed=smooth)
         energies, alive, smoothed = self._contrasted(energies, alive, smoothed)
         history = smoothed if self.cfg.earm_smooth_history else None
         if self.cfg.earm_control:
@@ -102,19 +114,21 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         pick = self.family.contrasted
         return TokenEnergies(*map(pick, energies)), pick(alive), pick(smoothed)
 
-    def _scores(self, head, tokens, mask):
-        """Energies, mask and smoothed NLL of steps: (B, T), or (B, T + 1) where the energy is read after the last token."""
-        found = head.statistics(post_tokens(tokens) if self.post else tokens)
+    def _scores(self, head, tokens, mask, *, smoothed):
+        """Energies, mask and NLL, smoothed or not, of steps: (B, T), or (B, T + 1) with energies read after the last token."""
+        epsilon = self.eps if smoothed else 0.0
+        found = head.statistics(post_tokens(tokens) if self.post else tokens, mean=epsilon > 0)
         energies, alive = TokenEnergies(found.logsumexp, found.target_logit), mask
         if self.post:
             energies, alive = with_post_step(energies, mask)
-        return energies, alive, smoothed_nll(energies, found.mean_logit, head.vocabulary, self.eps)
+        return energies, alive, smoothed_nll(energies, found.mean_logit, head.vocabulary, epsilon)
 
     def _steps(self) -> dict:
         return {"recent_tokens": self.cfg.earm_recent_tokens, "energy_steps": str(self.cfg.earm_energy_steps)}
 
     def _earm(self, energies, alive, history, negatives, samples):
-        negative, negative_alive, _ = self._scores(negatives, samples.tokens, samples.mask)
+        negative, negative_alive, _ = self._scores(negatives, samples.tokens, samples.mask, smoothed=False)
+        statistics, log_normalizer = self._shared(alive, negative, negative_alive)
         return earm_loss(
             energies,
             alive,
@@ -122,24 +136,34 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             negative_alive,
             normalizer=str(self.cfg.earm_normalizer),
             sources=samples.sources,
-            log_normalizer=self._moving_normalizer(negative.logsumexp, negative_alive),
+            statistics=statistics,
+            log_normalizer=log_normalizer,
             rao_blackwell=self.cfg.earm_variance_reduction == "rao-blackwell" and self.cfg.earm_energy_steps == "all",
             positive_history=history,
             **self._steps(),
         )
 
-    def _moving_normalizer(self, logsumexp, alive):
-        """(S,) normaliser averaged over updates, and remembered across a resume; None without --earm-normalizer-ema."""
+    def _shared(self, alive, negative, negative_alive):
+        """Statistics of all workers' negatives, and the moving normaliser; None of each where a batch has its own."""
+        if self.cfg.earm_normalizer == "source":
+            return None, None
+        own = batch_statistics(alive, negative, negative_alive, energy_steps=str(self.cfg.earm_energy_steps))
+        if not self.clock.dummy:
+            return self.workers.join(own), self.moving_normalizer
+        # It counts for nobody; and its loss, which fairseq multiplies by zero, is finite by its own weights alone.
+        self.workers.join(no_statistics(1))
+        return own, None
+
+    def _move_normalizer(self, everyone) -> None:
+        """With --earm-normalizer-ema: average the normaliser of all workers over updates, remembered across a resume."""
         if self.cfg.earm_normalizer_ema == 0:
-            return None
-        if self.cfg.earm_energy_steps != "all":
-            logsumexp, alive = logsumexp.gather(1, last_step(alive).unsqueeze(1)), alive.any(1, keepdim=True)
-        batch = step_log_normalizer(logsumexp.detach().double(), alive)
-        moving = moving_log_normalizer(self.state.get("log_normalizer"), batch, self.cfg.earm_normalizer_ema)
+            return
+        batch = everyone.log_normalizer.squeeze(0)
+        self.moving_normalizer = moving_log_normalizer(self.state.get("log_normalizer"), batch, self.cfg.earm_normalizer_ema)
         if bool(batch.isnan().any() | batch.isposinf().any()):
-            return batch.to(logsumexp)
-        self.state.set("log_normalizer", moving.cpu())
-        return moving[: batch.numel()].to(logsumexp)
+            self.moving_normalizer = batch
+        else:
+            self.state.set("log_normalizer", self.moving_normalizer.cpu())
 
     def _finish(self, loss, nll, sample, values, head, mask):
         """Sample size and log; a loss that is not finite spoils the gradient for sure and is kept out of the log."""

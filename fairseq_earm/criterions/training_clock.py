@@ -34,19 +34,27 @@ def observe(owner, method: str, callback: Callable) -> None:
 
 
 class TrainingClock:
-    """Epoch and number of updates done, as the trainer tells the task."""
+    """Where training is, as the trainer tells the task.
+
+    Attributes:
+        epoch: counted from 1.
+        num_updates: updates done.
+        dummy: whether the batch at hand stands in for one that this worker has none of: its gradient is not used.
+    """
 
     def __init__(self, task):
         self.epoch = 1
         self.num_updates = 0
+        self.dummy = False
         observe(task, "begin_epoch", self._on_epoch)
         observe(task, "train_step", self._on_step)
 
     def _on_epoch(self, epoch, **unused) -> None:
         self.epoch = epoch
 
-    def _on_step(self, update_num, **unused) -> None:
+    def _on_step(self, update_num, ignore_grad=False, **unused) -> None:
         self.num_updates = update_num
+        self.dummy = bool(ignore_grad)
 
 
 class EarmSchedule:
@@ -89,12 +97,17 @@ class NonfiniteGuard:
     """Skips updates whose gradient is not finite, as fairseq does in half precision, where it would stop in float32.
 
     The gradient is judged after it was reduced over the workers, so all of them skip together. In half precision and
-    under --amp fairseq's own loss scaler does this, and is left to it. Only updates that used E-ARM are guarded.
+    under --amp fairseq's own loss scaler does this, and is left to it.
+
+    Args:
+        task: its `train_step` and `optimizer_step` are watched.
+        active: whether the update under way is guarded, as those with E-ARM are; the same on all workers.
+        state: where skipped updates are counted.
     """
 
-    def __init__(self, task, state: MeterState):
+    def __init__(self, task, active: Callable[[], bool], state: MeterState):
+        self.active = active
         self.state = state
-        self.armed = False
         self.skipping = False
         self.in_a_row = 0
         self.optimizer = None
@@ -109,8 +122,7 @@ class NonfiniteGuard:
 
     def _clip(self, clip_grad_norm: Callable, *args, **kwargs):
         norm = torch.as_tensor(clip_grad_norm(*args, **kwargs))
-        self.skipping = self.armed and not bool(torch.isfinite(norm).all())
-        self.armed = False
+        self.skipping = self.active() and not bool(torch.isfinite(norm).all())
         self.in_a_row = self.in_a_row + 1 if self.skipping else 0
         if not self.skipping or self.in_a_row > MAX_SKIPPED_IN_A_ROW:
             return norm

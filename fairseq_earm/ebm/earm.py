@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_earm.ebm.energy import TokenEnergies, last_step
-from fairseq_earm.ebm.weights import group_counts, grouped_log_mean_exp, log_importance_weights
+from fairseq_earm.ebm.weights import StepStatistics, log_importance_weights, step_statistics
 
 ENERGY_STEPS = ("all", "last", "post")
 NORMALIZERS = ("batch", "source")
@@ -101,6 +101,7 @@ def earm_loss(
     log_normalizer: Optional[Tensor] = None,
     rao_blackwell: bool = False,
     positive_history: Optional[Tensor] = None,
+    statistics: Optional[StepStatistics] = None,
 ) -> EarmLoss:
     """E-ARM's loss (Eqs. 6–16), count-matched: per step, the mean over alive negatives times the alive data rows.
 
@@ -114,14 +115,18 @@ def earm_loss(
             step after it: then the tensors hold that step too (`sampling.scoring.with_post_step`).
         normalizer: "batch" normalises weights over all negatives, "source" over those of one data row.
         sources: (R,) data row that each negative belongs to; needed for "source".
-        log_normalizer: (S,) normaliser to use in place of this batch's own, such as a moving average ("batch" only).
+        log_normalizer: normaliser of each step, of at least as many as there are negatives for, to use in place of the
+            batch's own, such as a moving average ("batch" only).
         rao_blackwell: replace the negatives' φ by its expectation given the prefix, −lse ("all" only).
         positive_history: (B, T) what the data's history sums instead of its NLL, such as label-smoothed NLL. The
             negatives keep their NLL: it is the score of q, and only that has mean zero under q.
+        statistics: `batch_statistics` of the whole of which this batch is a part, on another worker each ("batch" only).
+            The parts' losses then sum up to the loss of the whole.
     Raises:
         ValueError: for unknown or contradictory settings.
     """
-    _check(energy_steps, normalizer, sources, log_normalizer, rao_blackwell)
+    of_the_whole = log_normalizer is not None or statistics is not None
+    _check(energy_steps, normalizer, sources, of_the_whole, rao_blackwell)
     data_nll = positive.nll if positive_history is None else positive_history
     data = _energy_steps(positive, history(data_nll, positive_mask, recent_tokens), positive_mask, energy_steps)
     past = history(negative.nll, negative_mask, recent_tokens)
@@ -130,16 +135,14 @@ def earm_loss(
 
     data_group, model_group = _groups(data.mask, model.mask, normalizer, sources)
     num_groups = 1 if normalizer == "batch" else data.mask.size(0)
-    if log_normalizer is None:
-        log_normalizer = grouped_log_mean_exp(model.logsumexp.detach(), model.mask, model_group, num_groups)
-    else:
-        log_normalizer = F.pad(log_normalizer, (0, data.mask.size(1) - log_normalizer.numel())).unsqueeze(0)
+    if statistics is None:
+        statistics = step_statistics(model.logsumexp, model.mask, model_group, data.mask, data_group, num_groups)
+    statistics = statistics.up_to(data.mask.size(1))
+    log_normalizer = _log_normalizer(statistics, log_normalizer).to(model.logsumexp.dtype)
     log_weights = log_importance_weights(model.logsumexp, model.mask, log_normalizer=log_normalizer[model_group])
 
-    model_count = group_counts(model.mask, model_group, num_groups)
-    data_mask = data.mask & (model_count > 0)[data_group]
-    data_count = group_counts(data_mask, data_group, num_groups)
-    share = data_count.to(log_weights.dtype) / model_count.clamp_min(1)
+    data_mask = data.mask & (statistics.negatives > 0)[data_group]
+    share = (statistics.data / statistics.negatives.clamp_min(1)).to(log_weights.dtype)
 
     positive_phase = _masked_sum(data.history + data.phi, data_mask)
     phi = -model.logsumexp if rao_blackwell else model.phi
@@ -154,20 +157,32 @@ def earm_loss(
         dv=_masked_sum(data.logsumexp.detach() - log_normalizer[data_group], data_mask),
         energy_data=-_masked_sum(data.logsumexp.detach(), data_mask),
         energy_negatives=-_masked_sum(model.logsumexp.detach() * share[model_group], model.mask),
-        relative_ess=_relative_ess(log_weights, model.mask, model_group, data_count),
+        relative_ess=_masked_sum(statistics.relative_ess[data_group], data_mask),
         data_steps=data_mask.sum(),
     )
 
 
-def _check(energy_steps, normalizer, sources, log_normalizer, rao_blackwell) -> None:
+def batch_statistics(
+    positive_mask: Tensor, negative: TokenEnergies, negative_mask: Tensor, *, energy_steps: str = "all"
+) -> StepStatistics:
+    """(1, S) what `earm_loss` with normaliser "batch" must know of all batches that share one; arguments as there."""
+    model = _energy_steps(negative, negative.logsumexp, negative_mask, energy_steps)
+    data_mask = positive_mask if energy_steps == "all" else positive_mask.any(1, keepdim=True)
+    steps = max(data_mask.size(1), model.mask.size(1))
+    logsumexp, mask, data_mask = (F.pad(each, (0, steps - each.size(1))) for each in (model.logsumexp, model.mask, data_mask))
+    data_group, model_group = _groups(data_mask, mask, "batch", None)
+    return step_statistics(logsumexp, mask, model_group, data_mask, data_group, 1)
+
+
+def _check(energy_steps, normalizer, sources, of_the_whole, rao_blackwell) -> None:
     if energy_steps not in ENERGY_STEPS:
         raise ValueError(f"energy_steps must be one of {', '.join(ENERGY_STEPS)}, not {energy_steps!r}")
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, not {normalizer!r}")
     if normalizer == "source" and sources is None:
         raise ValueError('normalizer "source" needs sources, the data row of each negative')
-    if normalizer == "source" and log_normalizer is not None:
-        raise ValueError('log_normalizer is one for the batch and does not go with normalizer "source"')
+    if normalizer == "source" and of_the_whole:
+        raise ValueError('log_normalizer and statistics are those of a batch and do not go with normalizer "source"')
     if rao_blackwell and energy_steps != "all":
         # Given that a step is the last, its token is known: there is no expectation left to take.
         raise ValueError('rao_blackwell goes with energy_steps "all" only')
@@ -195,12 +210,12 @@ def _groups(data_mask: Tensor, model_mask: Tensor, normalizer: str, sources: Opt
     return torch.zeros_like(rows), torch.zeros(model_mask.size(0), dtype=torch.long, device=model_mask.device)
 
 
-def _relative_ess(log_weights: Tensor, mask: Tensor, groups: Tensor, data_count: Tensor) -> Tensor:
-    """Σ over normalisers of (mean w)² / mean w², Kish's effective sample size per negative, by the data rows they serve."""
-    num_groups = data_count.size(0)
-    first = grouped_log_mean_exp(log_weights, mask, groups, num_groups)
-    second = grouped_log_mean_exp(2 * log_weights, mask, groups, num_groups)
-    return _masked_sum((2 * first - second).exp() * data_count, data_count > 0)
+def _log_normalizer(statistics: StepStatistics, given: Optional[Tensor]) -> Tensor:
+    """(G, S) the batch's own normaliser, or the one given, cut or padded to as many steps."""
+    if given is None:
+        return statistics.log_normalizer
+    steps = statistics.data.size(1)
+    return F.pad(given[:steps], (0, max(0, steps - given.numel()))).unsqueeze(0)
 
 
 def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:

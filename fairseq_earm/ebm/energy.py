@@ -5,7 +5,7 @@ a softmax fixes its logits only up to an offset, and that free offset is the mod
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def token_energies(logits: Tensor, target: Tensor) -> TokenEnergies:
         logits: (B, T, V) of any floating dtype; half precision is widened to float32.
         target: (B, T) token indices; padded positions must hold a valid index and are masked by the caller.
     """
-    return TokenEnergies(*token_statistics(logits, target)[:2])
+    return TokenEnergies(*token_statistics(logits, target, mean=False)[:2])
 
 
 def last_step(mask: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ def widen(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def smoothed_nll(energies: TokenEnergies, mean_logit: Tensor, vocabulary: int, epsilon: float) -> Tensor:
+def smoothed_nll(energies: TokenEnergies, mean_logit: Optional[Tensor], vocabulary: int, epsilon: float) -> Tensor:
     """(B, T) label-smoothed NLL as in fairseq: ε/(V − 1) on every other token, from what is already at hand.
 
     Args:
         energies: (B, T).
-        mean_logit: (B, T) mean of all logits at each step.
+        mean_logit: (B, T) mean of all logits at each step; not needed without smoothing.
         vocabulary: V, the number of logits.
         epsilon: label smoothing; 0 gives the plain NLL.
     """

@@ -27,27 +27,27 @@ class TokenStatistics(NamedTuple):
     Attributes:
         logsumexp: log of the softmax's normaliser at each step, given the prefix before that step.
         target_logit: the logit of the target token at each step.
-        mean_logit: mean of all logits at each step.
+        mean_logit: mean of all logits at each step, None where it was not asked for.
     """
 
     logsumexp: Tensor
     target_logit: Tensor
-    mean_logit: Tensor
+    mean_logit: Optional[Tensor]
 
 
-def token_statistics(logits: Tensor, target: Tensor) -> TokenStatistics:
+def token_statistics(logits: Tensor, target: Tensor, *, mean: bool = True) -> TokenStatistics:
     """Statistics of `target` under `logits`, with one gradient buffer.
 
     Args:
         logits: (..., V) of any floating dtype; half precision is widened block by block.
         target: (...) token indices; padded positions must hold a valid index and are masked by the caller.
+        mean: whether to take the mean logit, which label smoothing alone needs.
     """
-    found = _Statistics.apply(logits.reshape(-1, logits.size(-1)), target.reshape(-1))
-    return TokenStatistics(*(each.view(target.shape) for each in found))
+    return _shaped(_Statistics.apply(logits.reshape(-1, logits.size(-1)), target.reshape(-1), mean), target)
 
 
 def projected_statistics(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Optional[Tensor] = None, *, rows: int = 512
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Optional[Tensor] = None, *, rows: int = 512, mean: bool = True
 ) -> TokenStatistics:
     """Statistics of `target` under the logits hidden · weightᵀ + bias, of which `rows` steps are held at once.
 
@@ -59,23 +59,24 @@ def projected_statistics(
         target: (...) token indices.
         bias: (V,).
         rows: steps whose logits are held at once.
+        mean: whether to take the mean logit.
     """
     # Under autocast the states, the weight and their product are of a lower precision, here as anywhere.
     dtype = F.linear(hidden[..., :0, :], weight, bias).dtype
     states = hidden.reshape(-1, hidden.size(-1)).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        found = _ProjectedStatistics.apply(states, weight.to(dtype), bias, target.reshape(-1), rows)
-    return TokenStatistics(*(each.view(target.shape) for each in found))
+        found = _ProjectedStatistics.apply(states, weight.to(dtype), bias, target.reshape(-1), rows, mean)
+    return _shaped(found, target)
 
 
 class _Statistics(Function):
-    """Logits (N, V) and targets (N,) to three (N,)."""
+    """Logits (N, V) and targets (N,) to three (N,), the last of them None without `mean`."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor) -> tuple:
+    def forward(ctx, logits: Tensor, target: Tensor, mean: bool) -> tuple:
         ctx.set_materialize_grads(False)
-        found = _read(logits, target)
+        found = _read(logits, target, mean)
         ctx.save_for_backward(logits, target, found.logsumexp)
         return tuple(found)
 
@@ -83,19 +84,19 @@ class _Statistics(Function):
     @once_differentiable
     def backward(ctx, *upstream: Optional[Tensor]) -> tuple:
         logits, target, logsumexp = ctx.saved_tensors
-        return _gradient(logits, target, logsumexp, upstream, torch.empty_like(logits)), None
+        return _gradient(logits, target, logsumexp, upstream, torch.empty_like(logits)), None, None
 
 
 class _ProjectedStatistics(Function):
-    """States (N, D), weight (V, D), bias (V,) or None and targets (N,) to three (N,)."""
+    """States (N, D), weight (V, D), bias (V,) or None and targets (N,) to three (N,), the last of them None without `mean`."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor, rows: int) -> tuple:
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor, rows: int, mean: bool) -> tuple:
         ctx.set_materialize_grads(False)
         ctx.rows = rows
         blocks = zip(hidden.split(rows), target.split(rows))
-        parts = [_read(F.linear(states, weight, bias), tokens) for states, tokens in blocks]
-        found = [torch.cat(each) for each in zip(*parts)]
+        parts = [_read(F.linear(states, weight, bias), tokens, mean) for states, tokens in blocks]
+        found = [None if each[0] is None else torch.cat(each) for each in zip(*parts)]
         ctx.save_for_backward(hidden, weight, bias, target, found[0])
         return tuple(found)
 
@@ -120,18 +121,24 @@ class _ProjectedStatistics(Function):
             if of_bias is not None:
                 of_bias += gradient.sum(0, dtype=of_bias.dtype)
         of_bias = None if bias is None else of_bias.to(bias.dtype)
-        return of_hidden, of_weight.to(weight.dtype), of_bias, None, None
+        return of_hidden, of_weight.to(weight.dtype), of_bias, None, None, None
 
 
-def _read(logits: Tensor, target: Tensor) -> TokenStatistics:
+def _read(logits: Tensor, target: Tensor, with_mean: bool) -> TokenStatistics:
     """Statistics of (N,) targets under (N, V) logits."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    logsumexp, mean = (logits.new_empty(target.shape, dtype=dtype) for _ in range(2))
+    logsumexp = logits.new_empty(target.shape, dtype=dtype)
+    mean = torch.empty_like(logsumexp) if with_mean else None
     for rows in _blocks(logits):
         wide = logits[rows].to(dtype)
         logsumexp[rows] = wide.logsumexp(-1)
-        mean[rows] = wide.mean(-1)
+        if mean is not None:
+            mean[rows] = wide.mean(-1)
     return TokenStatistics(logsumexp, logits.gather(1, target.unsqueeze(1)).squeeze(1).to(dtype), mean)
+
+
+def _shaped(found: tuple, like: Tensor) -> TokenStatistics:
+    return TokenStatistics(*(None if each is None else each.view(like.shape) for each in found))
 
 
 def _gradient(

@@ -2,14 +2,74 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 
-def grouped_log_mean_exp(values: Tensor, mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Log of the mean of exp(values) over the rows of each group that are alive, step by step.
+class StepStatistics(NamedTuple):
+    """What normalisers and count matching must know of a batch, step by step; each (G, T), float64, detached.
+
+    G is the number of normalisers: 1 per batch or one per source.
+
+    Attributes:
+        log_sum: log of the sum of exp(lse) over the negatives alive, −inf where none is.
+        log_square_sum: the same of exp(2 · lse).
+        negatives: number of negatives alive.
+        data: number of data rows alive.
+    """
+
+    log_sum: Tensor
+    log_square_sum: Tensor
+    negatives: Tensor
+    data: Tensor
+
+    @property
+    def log_normalizer(self) -> Tensor:
+        """(G, T) log-mean-exp of lse over the negatives alive, −inf where none is."""
+        return self.log_sum - self.negatives.clamp_min(1).log()
+
+    @property
+    def relative_ess(self) -> Tensor:
+        """(G, T) effective sample size as a share of the negatives alive, (mean w)² / mean w² (Kish)."""
+        return (2 * self.log_sum - self.log_square_sum).exp() / self.negatives.clamp_min(1)
+
+    def up_to(self, steps: int) -> StepStatistics:
+        """Those of so many steps: cut, or padded with statistics of nothing."""
+        rows, own = self.data.shape
+        nothing = no_statistics(max(0, steps - own), self.data.device)
+        return StepStatistics(*(torch.cat([each[:, :steps], none.expand(rows, -1)], 1) for each, none in zip(self, nothing)))
+
+
+def step_statistics(
+    logsumexp: Tensor, mask: Tensor, groups: Tensor, data_mask: Tensor, data_groups: Tensor, num_groups: int
+) -> StepStatistics:
+    """Statistics of negatives with logsumexp (R, T), alive where `mask` is True, and of data rows (B, T) alive.
+
+    Args:
+        groups, data_groups: (R,), (B,) normaliser of each row, in [0, num_groups).
+    """
+    values = logsumexp.detach().double()  # in single precision 2 · lse would lose what a weight is made of
+    sums = (grouped_log_sum_exp(factor * values, mask, groups, num_groups) for factor in (1, 2))
+    counts = (group_counts(mask, groups, num_groups), group_counts(data_mask, data_groups, num_groups))
+    return StepStatistics(*sums, *(count.double() for count in counts))
+
+
+def join_statistics(parts: StepStatistics) -> StepStatistics:
+    """(1, T) statistics of a batch, from those (W, T) of the parts that it is made of."""
+    sums = (each.logsumexp(0, keepdim=True) for each in parts[:2])
+    return StepStatistics(*sums, *(each.sum(0, keepdim=True) for each in parts[2:]))
+
+
+def no_statistics(steps: int, device=None) -> StepStatistics:
+    """(1, T) statistics of a batch of nothing."""
+    nothing = torch.zeros(1, steps, dtype=torch.float64, device=device)
+    return StepStatistics(nothing - math.inf, nothing - math.inf, nothing, nothing)
+
+
+def grouped_log_sum_exp(values: Tensor, mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Log of the sum of exp(values) over the rows of each group that are alive, step by step.
 
     Args:
         values, mask: (R, T).
@@ -23,8 +83,7 @@ def grouped_log_mean_exp(values: Tensor, mask: Tensor, groups: Tensor, num_group
     peak = values.new_full((num_groups, steps), -math.inf).scatter_reduce(0, index, values, "amax")
     reference = peak.masked_fill(peak.isneginf(), 0.0)
     total = values.new_zeros(num_groups, steps).index_add(0, groups, (values - reference[groups]).exp())
-    count = group_counts(mask, groups, num_groups).clamp_min(1).to(values.dtype)
-    return total.log() + reference - count.log()
+    return total.log() + reference
 
 
 def group_counts(mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
@@ -35,8 +94,8 @@ def group_counts(mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
 
 def step_log_normalizer(logsumexp: Tensor, mask: Tensor) -> Tensor:
     """(T,) log normaliser of each step: log-mean-exp over the rows alive at it, −inf where none is."""
-    everyone = torch.zeros(mask.size(0), dtype=torch.long, device=mask.device)
-    return grouped_log_mean_exp(logsumexp, mask, everyone, 1).squeeze(0)
+    alive = mask.sum(0).clamp_min(1).to(logsumexp.dtype)
+    return logsumexp.masked_fill(~mask, -math.inf).logsumexp(0) - alive.log()
 
 
 def moving_log_normalizer(previous: Optional[Tensor], batch: Tensor, decay: float) -> Tensor:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Mapping, Optional, Sequence, Tuple, Union
 
@@ -14,6 +15,8 @@ import numpy as np  # noqa: E402
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
+
+from fairseq_earm.evaluation.whole_file import whole_file  # noqa: E402
 
 PathLike = Union[str, Path]
 COLOURS = plt.get_cmap("tab10").colors
@@ -181,7 +184,10 @@ def tidy(axis) -> None:
 
 
 def save(figure, path: PathLike, title: str) -> None:
-    """Write the figure, and forget it."""
+    """Write the figure as a whole, in the format of the file's ending, and forget it."""
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=130, format=os.path.splitext(path)[1][1:] or "png")
+    finally:
+        plt.close(figure)

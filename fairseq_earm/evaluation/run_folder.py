@@ -11,7 +11,8 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from fairseq_earm.errors import UsageError
+from fairseq_earm.compat_loading import checks_what_it_loads, refused
+from fairseq_earm.errors import UsageError, reason
 from fairseq_earm.evaluation.generated import is_generated, text_lines
 from fairseq_earm.evaluation.page import PNG
 from fairseq_earm.evaluation.training_log import EPOCHS, INNER, History, PathLike, find_logs, read_run
@@ -116,14 +117,15 @@ def _newest_checkpoint(folder: Path, notes: List[str]) -> Optional[Checkpoint]:
     for path in sorted(others, key=lambda path: first.index(path.name) if path.name in first else len(first)):
         try:
             return _read_checkpoint(path)
-        except (UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, OSError) as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            notes.append(f"{path} cannot be read ({reason}).")
+        except UnpicklingError as error:
+            notes.append(f"{path} cannot be read ({refused(error)}).")
+        except Exception as error:  # whatever stands in it
+            notes.append(f"{path} cannot be read ({reason(error)}).")
     return None
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
-    state = torch.load(path, map_location="cpu")
+    state = torch.load(path, map_location="cpu", weights_only=checks_what_it_loads())
     groups = state["cfg"] if state.get("cfg") is not None else {"args": state["args"]}
     tensors = {(tensor.data_ptr(), tensor.shape): tensor.numel() for tensor in state["model"].values() if tensor.dim() > 0}
     history = state.get("optimizer_history") or [{}]

@@ -13,7 +13,7 @@ from fairseq.models import FairseqEncoderDecoderModel
 from torch import Tensor
 
 from fairseq_earm.ebm.energy import token_energies
-from fairseq_earm.errors import UsageError
+from fairseq_earm.errors import UsageError, reason
 from fairseq_earm.sampling.frozen import first_difference, load_frozen
 from fairseq_earm.sampling.isolation import on_its_own
 from fairseq_earm.sampling.scoring import MAX_LOGITS, decoder_input, full_logits
@@ -154,8 +154,7 @@ def own_task(path: str, data: str, *, flag: str):
         cfg = checkpoint_utils.load_checkpoint_to_cpu(path, {"data": data, "energy_rerank": False})["cfg"].task
         return tasks.setup_task(cfg)
     except Exception as error:  # fairseq raises whatever it likes at files that are no checkpoints, and without dictionaries
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{flag} {path}: not a checkpoint that can be used with {data} ({reason})") from error
+        raise UsageError(f"{flag} {path}: not a checkpoint that can be used with {data} ({reason(error)})") from error
 
 
 def load_pairs(task, data: str, split: str):

@@ -1,17 +1,26 @@
 """Records of finished work that survive a kill: one line of JSON each, the settings they were made with first."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from typing import Dict
+from typing import ContextManager, Dict, Optional
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.whole_file import hold
+
+
+def open_work(json_path: Optional[str], settings: dict) -> ContextManager[Optional["WorkFile"]]:
+    """The work file of a command's --json, as a context: JSON_PATH.partial; none without --json."""
+    if not json_path:
+        return contextlib.nullcontext()
+    return WorkFile(f"{json_path}.partial", settings, flag=f"--json {json_path}")
 
 
 class WorkFile:
-    """A file of records by index, to go on with where a killed run stopped.
+    """A file of records by index, to go on with where a killed run stopped; a context in which it is this process's alone.
 
-    A last line that was not written to its end is dropped. Nothing is opened for longer than a line takes to write.
+    A last line that was not written to its end is dropped.
 
     Args:
         path: the file, which need not exist.
@@ -22,7 +31,8 @@ class WorkFile:
         records: index → record, those found in the file and those added.
 
     Raises:
-        UsageError: the file was begun with other settings (names the first that differs), is damaged or cannot be written.
+        UsageError: the file was begun with other settings (names the first that differs), is damaged, cannot be written, or
+            another process is writing it.
     """
 
     def __init__(self, path: str, settings: dict, *, flag: str):
@@ -31,11 +41,26 @@ class WorkFile:
         self.records: Dict[int, dict] = {}
         settings = json.loads(json.dumps(settings))
         try:
-            begun = self._read(settings)
+            self._file = open(path, "ab+")
         except OSError as error:
             raise self._cannot_write(error) from None
-        if not begun:
-            self._write({"settings": settings})
+        try:
+            hold(self._file)
+            if not self._read(settings):
+                self._write({"settings": settings})
+        except OSError as error:
+            self._file.close()
+            raise self._cannot_write(error) from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "WorkFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(OSError):  # a full disk was spoken of when the line was written
+            self._file.close()
 
     def add(self, record: dict) -> None:
         """Keep the record, which has an `index`, and write it down at once.
@@ -51,13 +76,11 @@ class WorkFile:
         os.remove(self.path)
 
     def _read(self, settings: dict) -> bool:
-        """Whether there was a file with anything in it."""
-        if not os.path.exists(self.path):
-            return False
-        with open(self.path, "rb+") as file:
-            content = file.read()
-            whole = content[: content.rfind(b"\n") + 1]
-            file.truncate(len(whole))
+        """Whether there is anything in the file."""
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
             theirs = [line["settings"] for line in lines[:1]]
@@ -78,8 +101,8 @@ class WorkFile:
 
     def _write(self, line: dict) -> None:
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
         except OSError as error:
             raise self._cannot_write(error) from None
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 from typing import Dict, NamedTuple, Tuple, Type
 
@@ -14,7 +13,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fairseq_earm.errors import UsageError
+from fairseq_earm.errors import UsageError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +103,8 @@ def _load(path: str) -> dict:
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(path)
         return {"model": state["model"], "cfg": state["cfg"]}
-    except (pickle.UnpicklingError, LookupError, RuntimeError, TypeError, AttributeError, ValueError, EOFError) as error:
-        raise UsageError(f"--energy-init {path}: no checkpoint of fairseq-train ({type(error).__name__})") from error
+    except Exception as error:  # fairseq raises whatever it likes at files that are no checkpoints
+        raise UsageError(f"--energy-init {path}: no checkpoint of fairseq-train ({reason(error)})") from error
 
 
 def _trunk_parameters(path: str, state: dict, pretrained: Pretrained) -> Dict[str, Tensor]:

@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pickle import UnpicklingError
 from typing import Optional
 
 import torch
 from fairseq import checkpoint_utils
 
 from fairseq_earm.compat import computes_half_on_cpu
-from fairseq_earm.errors import UsageError
+from fairseq_earm.errors import UsageError, reason
 
 
 class FrozenModel:
@@ -60,9 +59,8 @@ def load_frozen(path: str, task, *, flag: str, dtype: Optional[torch.dtype] = No
     try:
         with torch.random.fork_rng(devices=[]):  # its parameters are drawn at first
             models, _, own_task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=_data(path, task))
-    except (RuntimeError, KeyError, TypeError, AttributeError, EOFError, OSError, ValueError, UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{flag} {path}: not a checkpoint that can be used with this data ({reason})") from error
+    except Exception as error:  # fairseq raises whatever it likes at files that are no checkpoints
+        raise UsageError(f"{flag} {path}: not a checkpoint that can be used with this data ({reason(error)})") from error
     _check_dictionaries(path, flag, own_task, task)
     model = models[0] if dtype is None else models[0].to(dtype)
     return FrozenModel(model, own_task)

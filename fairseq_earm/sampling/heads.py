@@ -20,9 +20,9 @@ class LogitHead(NamedTuple):
     def vocabulary(self) -> int:
         return self.logits.size(-1)
 
-    def statistics(self, tokens: Tensor) -> TokenStatistics:
-        """Statistics of (B, T) tokens."""
-        return token_statistics(self.logits, tokens)
+    def statistics(self, tokens: Tensor, *, mean: bool = True) -> TokenStatistics:
+        """Statistics of (B, T) tokens, the mean logit if wanted."""
+        return token_statistics(self.logits, tokens, mean=mean)
 
     def likeliest(self) -> Tensor:
         """(B, T) the likeliest tokens."""
@@ -50,9 +50,9 @@ class ProjectedHead(NamedTuple):
     def vocabulary(self) -> int:
         return self.projection.weight.size(0)
 
-    def statistics(self, tokens: Tensor) -> TokenStatistics:
-        """Statistics of (B, T) tokens."""
-        return projected_statistics(self.hidden, self.projection.weight, tokens, self.projection.bias, rows=self.rows)
+    def statistics(self, tokens: Tensor, *, mean: bool = True) -> TokenStatistics:
+        """Statistics of (B, T) tokens, the mean logit if wanted."""
+        return projected_statistics(self.hidden, self.projection.weight, tokens, self.projection.bias, rows=self.rows, mean=mean)
 
     @torch.no_grad()
     def likeliest(self) -> Tensor:

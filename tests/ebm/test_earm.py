@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fairseq_earm.ebm import earm, weights
-from fairseq_earm.ebm.earm import earm_loss, history, nll_terms
-from fairseq_earm.ebm.energy import TokenEnergies
+from fairseq_earm.ebm.earm import batch_statistics, earm_loss, history, nll_terms
+from fairseq_earm.ebm.energy import TokenEnergies, token_energies
+from fairseq_earm.ebm.weights import StepStatistics, join_statistics, no_statistics
 from tests.oracles.tabular import TabularModel, exact_objective, gradient
 
 DATA = [(1, 0), (2, 1, 0), (0,), (1, 2, 2), (2, 0), (1, 1, 0), (1, 0), (2, 2, 0)]
@@ -90,14 +91,14 @@ SLIPS = [
     ("no weights", earm, "weights = log_weights.exp()", "weights = torch.ones_like(log_weights)"),
     ("baseline on the history", earm, "weights * (model.history + phi)",
      "((log_weights.exp() - 1) * model.history + log_weights.exp() * phi) * share[model_group]"),
-    ("unmatched counts", earm, "share = data_count.to(log_weights.dtype) / model_count.clamp_min(1)",
-     "share = (data_count.sum() / model_count.sum()).expand_as(model_count)"),
+    ("unmatched counts", earm, "share = (statistics.data / statistics.negatives.clamp_min(1))",
+     "share = (statistics.data.sum() / statistics.negatives.sum()).expand_as(statistics.data)"),
     ("one normaliser for all steps", earm, "log_weights = log_importance_weights(",
      "log_normalizer = torch.full_like(log_normalizer, model.logsumexp.detach()[model.mask].logsumexp(0) - model.mask.sum().log())"
      "; log_weights = log_importance_weights("),
     ("weights not detached", weights, "logsumexp = logsumexp.detach()", "pass"),
-    ("normaliser not divided by the count", weights, "+ reference - count.log()", "+ reference"),
-    ("unreached data steps kept", earm, "data_mask = data.mask & (model_count > 0)[data_group]", "data_mask = data.mask"),
+    ("normaliser not divided by the count", weights, "return self.log_sum - self.negatives.clamp_min(1).log()", "return self.log_sum"),
+    ("unreached data steps kept", earm, "data_mask = data.mask & (statistics.negatives > 0)[data_group]", "data_mask = data.mask"),
 ]
 
 
@@ -112,7 +113,7 @@ def mutated_loss(module, line, replacement):
         copies[original.__name__] = copy = types.ModuleType("copy_of_" + original.__name__.split(".")[-1])
         copy.__dict__["__annotations__"] = {}
         exec(compile(source, copy.__name__, "exec"), copy.__dict__)
-    for name in ("group_counts", "grouped_log_mean_exp", "log_importance_weights"):
+    for name in ("StepStatistics", "step_statistics", "log_importance_weights"):
         setattr(copies[earm.__name__], name, getattr(copies[weights.__name__], name))
     return copies[earm.__name__].earm_loss
 
@@ -212,8 +213,6 @@ def test_gradcheck_with_weights_held_fixed():
 
 
 def test_half_precision_logits_agree():
-    from fairseq_earm.ebm.energy import token_energies
-
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4, 6, 50, generator=generator)
     negative_logits = 3 * torch.randn(4, 6, 50, generator=generator)
@@ -228,6 +227,71 @@ def test_half_precision_logits_agree():
     assert loss(torch.float16).dtype == torch.float32
     assert loss(torch.float16).item() == pytest.approx(loss(torch.float32).item(), rel=2e-3)
     assert loss(torch.bfloat16).item() == pytest.approx(loss(torch.float32).item(), rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rao_blackwell": True}, {"recent_tokens": -1}, {"energy_steps": "last"}, {"energy_steps": "post", "recent_tokens": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("moving", [False, True])
+def test_losses_of_parts_are_the_loss_of_the_whole(settings, moving):
+    """Parts of very different sizes and lengths, one of them without a negative, as batches of several workers."""
+    model = TabularModel(seed=2)
+    post = settings.get("energy_steps") == "post"
+    sequences, sources = model.exact_batch()
+    negatives = sequences[::3]
+    cuts = [([0, 1, 3, 4, 6, 7], range(len(negatives) - 3)), ([2], range(len(negatives) - 3, len(negatives))), ([5], range(0))]
+    normaliser = {"log_normalizer": torch.linspace(0.5, 2.0, 5, dtype=torch.float64)} if moving else {}
+
+    def phases(data_rows, negative_rows):
+        data = model.energies([DATA[i] for i in data_rows], DATA_SOURCES[list(data_rows)], post=post)
+        own = [negatives[i] for i in negative_rows] or negatives[:1]
+        energies, mask = model.energies(own, sources[::3][list(negative_rows) or [0]], post=post)
+        return (*data, energies, mask & (len(negative_rows) > 0))
+
+    whole = earm_loss(*phases(range(len(DATA)), range(len(negatives))), **settings, **normaliser)
+    parts = [phases(*cut) for cut in cuts]
+    steps = settings.get("energy_steps", "all")
+    own = [batch_statistics(part[1], *part[2:], energy_steps=steps) for part in parts]
+    longest = max(each.data.size(1) for each in own)
+    joint = join_statistics(StepStatistics(*(torch.cat(each) for each in zip(*(each.up_to(longest) for each in own)))))
+    found = [earm_loss(*part, **settings, **normaliser, statistics=joint) for part in parts]
+
+    loss = sum(each.loss for each in found)
+    assert loss.item() == pytest.approx(whole.loss.item(), abs=1e-12)
+    assert relative_error(gradient(loss, model), gradient(whole.loss, model)) < 1e-12
+    for figure in ("dv", "energy_data", "energy_negatives", "relative_ess", "data_steps"):
+        assert sum(getattr(each, figure) for each in found).item() == pytest.approx(getattr(whole, figure).item(), abs=1e-12), figure
+    alone = sum(earm_loss(*part, **settings, **normaliser).loss for part in parts)
+    assert abs(alone - whole.loss) > 1e-3
+
+
+# Gradients in half precision are rounded to it, losses and weights are not.
+GRADIENT = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 0.0}
+
+
+@pytest.mark.parametrize("offset", [80.0, -80.0, 10048.0, -10048.0])
+@pytest.mark.parametrize("dtype", list(GRADIENT), ids=str)
+def test_large_logits_neither_overflow_nor_lose_the_weights(dtype, offset):
+    """Logits around one offset, exact in each precision: it must cancel out of weights, effective sample size and gradient."""
+    mask, target = torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.long)
+    unit = 64.0 if abs(offset) > 1e3 else 1.0
+    logits = offset + unit * torch.randint(-1, 2, (4, 3, 5), generator=torch.Generator().manual_seed(0))
+    assert logits.to(dtype).double().equal(logits.double())
+
+    def result(dtype):
+        given = logits.to(dtype).requires_grad_()
+        loss = earm_loss(token_energies(given.flip(0), target), mask, token_energies(given, target), mask)
+        return loss, torch.autograd.grad(loss.loss, given)[0].double()
+
+    (found, gradient_found), (exact, gradient_exact) = result(dtype), result(torch.float64)
+    assert found.loss.dtype == found.log_weights.dtype == found.log_normalizer.dtype == torch.float32
+    known_to = 1.2e-7 * abs(offset)  # what a logsumexp in float32 can be known to, and a weight relative to itself
+    torch.testing.assert_close(found.log_weights.double(), exact.log_weights, rtol=0, atol=known_to)
+    assert found.relative_ess.item() == pytest.approx(exact.relative_ess.item(), rel=2 * known_to)
+    assert relative_error(gradient_found, gradient_exact) < 2 * known_to + GRADIENT[dtype]
+    assert found.loss.item() == pytest.approx(exact.loss.item(), abs=mask.sum().item() * abs(offset) * known_to)
 
 
 def test_dv_is_the_bound_and_energies_are_means_of_minus_logsumexp():
@@ -253,6 +317,7 @@ def test_dv_is_the_bound_and_energies_are_means_of_minus_logsumexp():
         ({"normalizer": "source"}, "sources"),
         ({"energy_steps": "last", "rao_blackwell": True}, "rao_blackwell"),
         ({"normalizer": "source", "sources": torch.tensor([0]), "log_normalizer": torch.zeros(3)}, "log_normalizer"),
+        ({"normalizer": "source", "sources": torch.tensor([0]), "statistics": no_statistics(3)}, "statistics"),
     ],
 )
 def test_contradictory_settings_are_refused(settings, message):

@@ -47,6 +47,17 @@ def test_a_statistic_that_is_not_used_has_no_gradient(used):
     torch.testing.assert_close(gradient_of(picked[0], logits, picked[2]), gradient_of(picked[1], logits, picked[2]))
 
 
+def test_without_the_mean_logit_the_rest_is_the_same(block):
+    logits, target = random_steps()
+    weight = torch.eye(11, dtype=torch.float64).requires_grad_()
+    for statistics in (token_statistics, lambda *args, **flags: projected_statistics(args[0], weight, args[1], rows=4, **flags)):
+        found, expected = statistics(logits, target, mean=False), statistics(logits, target)
+        assert found.mean_logit is None
+        assert all(torch.equal(one, other) for one, other in zip(found[:2], expected[:2]))
+        weights = torch.randn(2, 2, 7, dtype=torch.float64)
+        assert torch.equal(*(gradient_of(each[:2], logits, weights)[0] for each in (found, expected)))
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_half_precision_is_widened(block, dtype, tolerance):
     logits, target = random_steps(dtype)

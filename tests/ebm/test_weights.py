@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_earm.ebm.weights import (
-    effective_sample_size, grouped_log_mean_exp, log_importance_weights, moving_log_normalizer, resample, step_log_normalizer,
+    StepStatistics, effective_sample_size, grouped_log_sum_exp, join_statistics, log_importance_weights, moving_log_normalizer,
+    no_statistics, resample, step_log_normalizer, step_statistics,
 )
 
 numbers = st.floats(-600, 600, allow_nan=False)
@@ -17,18 +18,18 @@ numbers = st.floats(-600, 600, allow_nan=False)
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(numbers, st.booleans(), st.integers(0, 2)), min_size=1, max_size=8))
-def test_grouped_log_mean_exp(rows):
+def test_grouped_log_sum_exp(rows):
     values = torch.tensor([[value] for value, _, _ in rows], dtype=torch.float64)
     mask = torch.tensor([[alive] for _, alive, _ in rows])
     groups = torch.tensor([group for _, _, group in rows])
-    result = grouped_log_mean_exp(values, mask, groups, 3)
+    result = grouped_log_sum_exp(values, mask, groups, 3)
     for group in range(3):
         members = [value for value, alive, g in rows if alive and g == group]
         if not members:
             assert result[group].item() == -math.inf
             continue
         peak = max(members)
-        expected = peak + math.log(math.fsum(math.exp(v - peak) for v in members) / len(members))
+        expected = peak + math.log(math.fsum(math.exp(v - peak) for v in members))
         assert result[group].item() == pytest.approx(expected, abs=1e-9)
 
 
@@ -57,6 +58,22 @@ def test_moving_normaliser():
     assert moved.tolist() == pytest.approx([expected, 2.0, 4.0])
     shorter = moving_log_normalizer(moved, torch.tensor([0.0], dtype=torch.float64), 0.5)
     assert shorter[1:].tolist() == moved[1:].tolist()
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(-1e4, 1e4), st.booleans(), st.booleans(), st.integers(0, 2)), min_size=1, max_size=8))
+def test_statistics_of_parts_join_to_those_of_the_whole(rows):
+    values, alive, data, part = (torch.tensor(column).unsqueeze(1) for column in zip(*rows))
+    values, part = values.double(), part.squeeze(1)
+    together = torch.zeros_like(part)
+    whole = step_statistics(values, alive, together, data, together, 1)
+    parts = step_statistics(values, alive, part, data, part, 3)
+    parts = StepStatistics(*(torch.cat(pair) for pair in zip(parts, no_statistics(1))))
+    torch.testing.assert_close(tuple(join_statistics(parts)), tuple(whole), rtol=1e-12, atol=1e-9)
+    if alive.any():
+        weights = log_importance_weights(values, alive)
+        assert whole.log_normalizer.item() == pytest.approx(step_log_normalizer(values, alive).item(), abs=1e-9)
+        assert whole.relative_ess.item() == pytest.approx(effective_sample_size(weights).item() / alive.sum().item())
 
 
 @settings(deadline=None)

@@ -1,30 +1,55 @@
 """Records that survive a kill, and what is said where they cannot be written."""
-import builtins
 import errno
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from fairseq_earm.errors import UsageError
-from fairseq_earm.evaluation import work_file
-from fairseq_earm.evaluation.work_file import WorkFile
+from fairseq_earm.evaluation.work_file import WorkFile, open_work
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     path = tmp_path / "out.json.partial"
-    work = WorkFile(str(path), {"seed": 1}, flag="--json out.json")
-    work.add({"index": 3, "base": [-1.0]})
+    with WorkFile(str(path), {"seed": 1}, flag="--json out.json") as work:
+        work.add({"index": 3, "base": [-1.0]})
 
-    def full(name, mode="r", **kwargs):
-        if mode == "a":
+        def full(line):
+            os.write(work._file.fileno(), line[:5])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return builtins.open(name, mode, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(work_file, "open", full, raising=False)
-        with pytest.raises(UsageError) as error:
-            work.add({"index": 5, "base": [-2.0]})
-    message = str(error.value)
-    assert "--json out.json" in message and "No space left" in message and "1 finished records are kept" in message
-    assert "\n" not in message and list(work.records) == [3]
-    assert WorkFile(str(path), {"seed": 1}, flag="--json out.json").records == {3: {"index": 3, "base": [-1.0]}}
+        whole = work._file
+        with monkeypatch.context() as patch:
+            patch.setattr(work, "_file", SimpleNamespace(write=full, fileno=whole.fileno))
+            with pytest.raises(UsageError) as error:
+                work.add({"index": 5, "base": [-2.0]})
+        message = str(error.value)
+        assert "--json out.json" in message and "No space left" in message and "1 finished records are kept" in message
+        assert "\n" not in message and list(work.records) == [3]
+    with open_work(str(path)[: -len(".partial")], {"seed": 1}) as again:
+        assert again.records == {3: {"index": 3, "base": [-1.0]}}
+
+
+def test_two_processes_cannot_write_the_same(tmp_path):
+    with open_work(str(tmp_path / "out.json"), {}) as work:
+        work.add({"index": 3})
+        code = f"from fairseq_earm.evaluation.work_file import open_work; open_work({str(tmp_path / 'out.json')!r}, {{}})"
+        other = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, universal_newlines=True)
+        assert other.returncode == 1
+        assert other.stderr.splitlines()[-1].endswith(
+            "out.json.partial cannot be written: another process is writing it; wait for it, or end it"
+        )
+    with open_work(str(tmp_path / "out.json"), {}) as again:
+        assert again.records == {3: {"index": 3}}
+
+
+def test_a_refused_file_may_be_opened_afresh(tmp_path):
+    with WorkFile(str(tmp_path / "file"), {"seed": 1}, flag="--json"):
+        pass
+    with pytest.raises(UsageError, match="another seed"):
+        WorkFile(str(tmp_path / "file"), {"seed": 2}, flag="--json")
+    with WorkFile(str(tmp_path / "file"), {"seed": 1}, flag="--json") as work:
+        work.remove()
+    assert not list(tmp_path.iterdir())

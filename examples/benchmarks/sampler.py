@@ -1,0 +1,82 @@
+"""Tokens per second of E-ARM's sampler, of others with the same weights, and of the matrix products alone."""
+from __future__ import annotations
+
+import math
+from typing import Dict, List, Sequence
+
+import rivals
+import torch
+from floor import MatrixProducts
+from models import sources, trained_model, translation_model
+from tables import Row, Setting, Table
+from timing import Variant, compare, device
+
+from fairseq_earm.sampling.ancestral import AncestralSampler
+
+FLOOR = "matrix products alone"
+LONGEST = 80  # where natural lengths end
+
+
+def rows(
+    setting: Setting, sizes: Sequence[str] = ("iwslt", "small"), vocabulary: int = 10000, batches: Sequence[int] = (128,),
+    length: int = 30, natural: Sequence[bool] = (False, True), mean: float = 20,
+) -> List[Row]:
+    """Of one translation per source sentence: exactly `length` tokens each, and about `mean` on average.
+
+    Args:
+        sizes: of `models.translation_model`.
+        vocabulary: symbols of it.
+        batches: source sentences, each batch on its own; they have length/2 to `length` tokens.
+        natural: [False] for the fixed length alone, [True] for the others.
+    """
+    found: List[Row] = []
+    for size in sizes:
+        for ends in natural:
+            torch.manual_seed(1)
+            model = setting.place(translation_model(size, vocabulary, length=mean if ends else math.inf))
+            lengths, longest = (f"about {mean:g}", LONGEST) if ends else (f"{length}", length)
+            for batch in batches:
+                found += _compared({"model": size, "sources": batch, "length": lengths}, setting, model, batch, length, longest)
+    if setting.checkpoint:
+        model = setting.place(trained_model(setting.checkpoint, setting.data))
+        for batch in batches:
+            found += _compared({"model": "trained", "sources": batch, "length": "natural"}, setting, model, batch, length, LONGEST)
+    return found
+
+
+def _compared(what: Row, setting: Setting, model, batch: int, source_length: int, longest: int) -> List[Row]:
+    net_input = sources(model, batch, source_length)
+    costs = compare(variants(model, net_input, longest, setting.threads), setting.rounds)
+    floor = costs[FLOOR].rate
+    return [
+        {
+            **what, "sampler": name, "tokens/s": cost.rate, "of fairseq's": 1 / cost.ratio, "of the floor": cost.rate / floor,
+            "MB": None if name == "CTranslate2" and device().type == "cuda" else cost.megabytes,  # torch cannot see it
+        }
+        for name, cost in costs.items()
+    ]
+
+
+def variants(model, net_input: dict, longest: int, threads: int) -> Dict[str, Variant]:
+    """All samplers that are installed, fairseq's first, and the matrix products of one of our draws."""
+    sampler = AncestralSampler(model.decoder.dictionary, max_len_a=0, max_len_b=longest)
+    lengths = sampler(model, net_input).mask.sum(1)
+    alive = [int((lengths > step).sum()) for step in range(int(lengths.max()))]
+
+    def ours() -> int:
+        torch.rand(1)  # else it would draw the same again
+        return int(sampler(model, net_input).mask.sum())
+
+    found = {"fairseq": rivals.fairseqs_generator(model, net_input, longest)}
+    if rivals.installed("transformers"):
+        found["Hugging Face"] = rivals.hugging_faces_generate(model, net_input, longest)
+    if rivals.installed("ctranslate2"):
+        found["CTranslate2"] = rivals.ctranslate2s(model, net_input, longest, threads=threads)
+    return {**found, "E-ARM": ours, FLOOR: MatrixProducts(model, *net_input["src_tokens"].shape, alive)}
+
+
+TABLE = Table(
+    "Sampling",
+    {"model": "", "sources": ",", "length": "", "sampler": "", "tokens/s": ",.0f", "of fairseq's": ".2f", "of the floor": ".0%", "MB": ",.0f"},
+    rows,
+)
