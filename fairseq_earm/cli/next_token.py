@@ -18,9 +18,9 @@ from fairseq_earm.ebm.marginal import next_token
 from fairseq_earm.errors import UsageError
 from fairseq_earm.joint_generation import DEFAULT_TOKENS, chunk_of, draw_candidates, finite
 from fairseq_earm.models.load_energy import load_energy, report_other_base
-from fairseq_earm.sampling.ancestral import without_padding
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.continuation import ContinuationSampler
+from fairseq_earm.sampling.draw import without_padding
 from fairseq_earm.sampling.scoring import decoder_input, last_logits
 from fairseq_earm.sampling.store_settings import DTYPES
 

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.evaluation.residual import LastToken
-from fairseq_earm.sampling.ancestral import without_padding
 from fairseq_earm.sampling.continuation import ContinuationSampler, score_continuations
+from fairseq_earm.sampling.draw import without_padding
 from fairseq_earm.sampling.layout import prefix_continuation, source_target
 from fairseq_earm.sampling.scoring import MAX_LOGITS, decoder_input, full_logits, last_logits, score_sequences, start_tokens
 

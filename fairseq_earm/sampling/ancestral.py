@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_earm.sampling.decoding import decode
+from fairseq_earm.sampling.draw import draw
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scoring import start_tokens
@@ -100,30 +101,6 @@ def max_lengths(source_lengths: Tensor, max_len_a: float, max_len_b: int, decode
     limits = (max_len_a * source_lengths + max_len_b).long().clamp_min(1)
     positions = decoder.max_positions()
     return limits if positions is None else limits.clamp_max(int(positions) - 1)
-
-
-def draw(logits: Tensor, generator: Optional[torch.Generator] = None) -> tuple:
-    """Draw one token per row by the inverse of the cumulative distribution, several times cheaper than multinomial.
-
-    Args:
-        logits: (R, V).
-        generator: source of random numbers on the logits' device; by default the global one.
-    Returns:
-        (R,) tokens and (R,) their log-probability.
-    """
-    probabilities = logits.softmax(-1)
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1:]
-    point = torch.rand(total.shape, generator=generator, dtype=total.dtype, device=total.device) * total
-    # Rounding could lift the point onto the total, behind the last token that has any probability.
-    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, point, right=True).clamp_max(logits.size(-1) - 1)
-    return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
-
-
-def without_padding(logits: Tensor, pad: int) -> Tensor:
-    """Logits under which padding has no probability."""
-    return logits.index_fill(-1, torch.tensor([pad], device=logits.device), -float("inf"))
 
 
 def _closed_up(live: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.errors import UsageError
-from fairseq_earm.sampling.ancestral import draw, without_padding
 from fairseq_earm.sampling.decoding import decode
+from fairseq_earm.sampling.draw import draw, without_padding
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scoring import decoder_input, full_logits
 from fairseq_earm.sampling.search import truncate_log_probs

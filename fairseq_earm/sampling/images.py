@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.errors import UsageError
-from fairseq_earm.sampling.ancestral import draw
+from fairseq_earm.sampling.draw import draw
 from fairseq_earm.sampling.family import ModelFamily, Passes
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.joint_forward import forward_with_negatives

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.errors import UsageError
-from fairseq_earm.sampling.ancestral import draw, without_padding
+from fairseq_earm.sampling.draw import draw, without_padding
 from fairseq_earm.sampling.isolation import own_randomness
 from fairseq_earm.sampling.joint_forward import unwrapped
 from fairseq_earm.sampling.scoring import full_logits

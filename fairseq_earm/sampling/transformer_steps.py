@@ -115,7 +115,7 @@ class _Layer:
         x = found if before else norm(found)
         if self.memory is not None:
             residual, norm = x, layer.encoder_attn_layer_norm
-            queries = self._by_head(self.query(norm(x) if before else x))
+            queries = self.query(norm(x) if before else x).unflatten(1, (self.heads, -1))
             found = residual + self.memory_out(_attend(queries, self.memory, source_bias))
             x = found if before else norm(found)
         residual, norm = x, layer.final_layer_norm
@@ -128,7 +128,7 @@ class _Layer:
         self._make_room(found, step)
         self.cache[:, :, :, step].copy_(found[:, 1:].transpose(0, 1))
         self.steps = step + 1
-        return _attend(found[:, 0].unsqueeze(2), self.cache[:, :, :, : self.steps])
+        return _attend(found[:, 0], self.cache[:, :, :, : self.steps])
 
     def _make_room(self, found: Tensor, step: int) -> None:
         if self.cache is None:
@@ -150,18 +150,16 @@ class _Layer:
             if kept is not None:
                 setattr(self, name, _pick(kept, rows, moves, self.steps if name == "cache" else kept.size(3)))
 
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.view(x.size(0), self.heads, 1, -1)
-
 
 def _attend(queries: Tensor, keys_and_values: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """(R, C) of one query a row (R, heads, 1, D), already scaled, over (2, R, heads, steps, D)."""
-    keys, values = keys_and_values
-    scores = torch.matmul(queries, keys.transpose(2, 3))
+    """(R, C) of one query a row (R, heads, D), already scaled, over (2, R, heads, steps, D)."""
+    keys, values = (part.flatten(0, 1) for part in keys_and_values)
+    # Keys times query, not query times keys: read in the order in which they lie, up to four times as fast on a CPU.
+    scores = torch.bmm(keys, queries.reshape(keys.size(0), 1, -1).transpose(1, 2)).transpose(1, 2)
     if bias is not None:
-        scores = scores + bias
+        scores = (scores.view(*queries.shape[:2], -1) + bias).view_as(scores)
     shares = scores.softmax(-1, dtype=torch.float32).to(values)
-    return torch.matmul(shares, values).reshape(queries.size(0), -1)
+    return torch.bmm(shares, values).view(queries.size(0), -1)
 
 
 def _moves(rows: Tensor) -> Optional[tuple]:
@@ -182,13 +180,13 @@ def _pick(kept: Tensor, rows: Tensor, moves, steps: int) -> Tensor:
 
 
 def _source(encoder_out: dict) -> tuple:
-    """(S, B, C) encoder output, and (B, 1, 1, S) minus infinity where it is padding, or None."""
+    """(S, B, C) encoder output, and (B, 1, S) minus infinity where it is padding, or None."""
     [states] = encoder_out["encoder_out"]
     masks = encoder_out["encoder_padding_mask"]
     if len(masks) == 0 or masks[0] is None or not masks[0].any():
         return states, None
     bias = torch.zeros(masks[0].shape, dtype=states.dtype, device=states.device).masked_fill(masks[0], -float("inf"))
-    return states, bias[:, None, None]
+    return states, bias.unsqueeze(1)
 
 
 def _product(linear: nn.Linear) -> Product:

@@ -64,7 +64,7 @@ def check(model, exact, item):
     record = measure_sequence(model, item, index=3, samples=[10, 6000])
     assert math.fsum(record["base"]) == pytest.approx(exact.log_probs[TARGET], abs=1e-5)
     assert record["energy"] == pytest.approx(exact.energies[TARGET], abs=1e-5)
-    assert record["log_z"][1] == pytest.approx([exact.log_z()] * 2, abs=0.03)
+    assert record["log_z"][1] == pytest.approx([exact.log_z()] * 2, abs=0.07)  # its standard error is 0.02
     assert abs(exact.log_z() + exact.energies[TARGET]) > 0.1, "the joint model should differ from its base"
 
 

@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-from fairseq_earm.sampling.ancestral import AncestralSampler, draw, max_lengths
+from fairseq_earm.sampling.ancestral import AncestralSampler, max_lengths
 from fairseq_earm.sampling.decoding import StockSteps
+from fairseq_earm.sampling.draw import BLOCK, draw
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.scoring import decoder_input
 from fairseq_earm.sampling.search import GeneratorSampler, truncate_log_probs
@@ -218,6 +219,23 @@ def test_draw_skips_impossible_tokens_and_survives_nan():
     assert torch.allclose(log_probs, torch.full((1000,), math.log(0.5)))
     tokens, log_probs = draw(torch.full((3, 4), math.nan))
     assert tokens.ge(0).all() and tokens.lt(4).all() and log_probs.isnan().all()
+
+
+@pytest.mark.parametrize("words", [3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 5])
+def test_draw_inverts_the_cumulative_distribution(words, monkeypatch):
+    """At points between all tokens' running sums: one token each, and never one that has no probability."""
+    torch.manual_seed(2)
+    logits = (3 * torch.randn(words, dtype=torch.float64)).index_fill(0, torch.arange(0, words, 3), -math.inf)
+    probabilities = logits.softmax(-1)
+    possible = probabilities.nonzero().flatten()
+    middles = (probabilities.cumsum(0) - probabilities / 2)[possible]
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: middles.unsqueeze(1))
+    tokens, log_probs = draw(logits.expand(possible.numel(), -1))
+    assert tokens.tolist() == possible.tolist()
+    assert torch.allclose(log_probs, logits.log_softmax(-1)[possible])
+    for edge, token in ((0.0, possible[0]), (1.0, possible[-1])):
+        monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, edge, dtype=torch.float64))
+        assert draw(logits.unsqueeze(0))[0] == token
 
 
 def test_lengths_stay_within_the_decoder():
