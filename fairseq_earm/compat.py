@@ -29,6 +29,7 @@ def apply() -> None:
     report_left_out_sentences()
     refuse_to_spawn_nothing()
     notice_torchrun()
+    wrap_models_on_cpu()
     write_checkpoints_whole()
     train_adaptive_softmax_as_a_whole()
 
@@ -233,6 +234,21 @@ def _refuse_single_workers(distributed) -> None:
             f"into the same --save-dir; give --distributed-world-size {started} (on CPU with the other flags that the README "
             "names), or start one worker"
         )
+
+
+def wrap_models_on_cpu() -> None:
+    """Under c10d fairseq names a GPU to torch's wrapper also with --cpu, and torch refuses a model that is not on it."""
+    from fairseq.models import distributed_fairseq_model
+
+    def replace(original):
+        def wrapper(module, **kwargs):
+            if next(module.parameters()).device.type == "cpu":
+                kwargs.update(device_ids=None, output_device=None)
+            return original(module, **kwargs)
+
+        return wrapper
+
+    _wrap(distributed_fairseq_model, "DistributedDataParallel", replace)
 
 
 def train_adaptive_softmax_as_a_whole() -> None:

@@ -2,7 +2,9 @@
 
     torchrun ... distributed_worker.py FOLDER PLUGIN [arguments of fairseq-train]
 
-On the second worker the loss of update 3 is NaN. `--ddp-backend fully_sharded` runs on CPU, see `fairscale_on_cpu`.
+What the environment's FAULT says befalls the second worker: `nan`, the loss of update 3; `out of memory` or `error`, when it draws
+for the fourth time. With KNOWN_NEGATIVES all draw what `known_negatives` says. `--ddp-backend fully_sharded` runs on CPU, see
+`fairscale_on_cpu`.
 """
 import math
 import os
@@ -15,6 +17,9 @@ import torch
 from fairseq import utils
 from fairseq.trainer import Trainer
 from fairseq_cli.train import cli_main
+from known_negatives import known_negatives
+
+FAULTS = {"out of memory": RuntimeError("CUDA out of memory. (not really)"), "error": ValueError("something else")}
 
 
 def main(folder, plugin):
@@ -23,17 +28,21 @@ def main(folder, plugin):
     from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
     from fairseq_earm.sampling.ancestral import AncestralSampler
 
-    rank, drawn, trainers = int(os.environ["RANK"]), 0, set()
+    rank, drawn, trainers, fault = int(os.environ["RANK"]), 0, set(), os.environ.get("FAULT")
     sample, forward, train_step = AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step
 
     def counted(sampler, *args, **kwargs):
         nonlocal drawn
         drawn += 1
+        if rank == 1 and drawn == 4 and fault in FAULTS:
+            raise FAULTS[fault]
+        if "KNOWN_NEGATIVES" in os.environ:
+            return known_negatives(*args)
         return sample(sampler, *args, **kwargs)
 
     def spoilt(criterion, *args, **kwargs):
         loss, *rest = forward(criterion, *args, **kwargs)
-        bad = rank == 1 and criterion.schedule.clock.num_updates == 3
+        bad = rank == 1 and fault == "nan" and criterion.clock.num_updates == 3
         return (loss * math.nan if bad else loss, *rest)
 
     def remembered(trainer, *args, **kwargs):

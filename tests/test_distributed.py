@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,47 +17,48 @@ from omegaconf import OmegaConf
 
 from fairseq_earm.sampling import isolation
 from fairseq_earm.sampling.ancestral import AncestralSampler
-from tests.tiny_translation import PLUGIN, train_arguments, used_weights
+from tests.known_negatives import known_negatives
+from tests.tiny_translation import PLUGIN, train, train_arguments, used_weights
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 WORKERS = ["--distributed-world-size", 2, "--distributed-backend", "gloo", "--distributed-init-method", "env://"]
 WORKERS += ["--distributed-rank", -1, "--distributed-no-spawn"]
 # 13 batches of 32 sentences for two workers: the last update has nothing for the second.
 EPOCH = ["--required-batch-size-multiple", 1, "--max-epoch", 1]
+# By plain gradient descent: Adam makes rounding errors as large as it likes.
+EARM = ["--criterion", "earm_cross_entropy", "--earm-start-update", 1, "--earm-weight", 0.5, "--optimizer", "sgd", "--lr", 0.3, *EPOCH]
+# Batches come in order of length, and the two workers' next ones make up the one worker's.
+IN_ORDER = ["--curriculum", 1, "--dropout", 0, "--label-smoothing", 0.1, "--earm-normalizer-ema", 0.5]
 
 
-def run_workers(folder, arguments):
-    """Two workers of `distributed_worker.py`; none outlives the deadline."""
+def run_workers(folder, arguments, environment):
+    """Exit status of two workers of `distributed_worker.py` and what they printed; none outlives the deadline."""
     # Underscores: torch before 2.0 knows no dashes here.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, WORKER, folder, PLUGIN, *arguments, "--user-dir", PLUGIN]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": {**os.environ, **environment}}
     with subprocess.Popen(list(map(str, command)), cwd=folder, start_new_session=True, **pipes) as process:
         try:
-            printed = process.communicate(timeout=240)[0]
+            printed = process.communicate(timeout=400)[0]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"the workers hang: {process.communicate()[0][-3000:]}")
-    assert process.returncode == 0, printed[-3000:]
-    return printed
+    return process.returncode, printed
 
 
-def train_on_two(tiny, folder, *backend, **options):
+def train_on_two(tiny, folder, *backend, **environment):
     """What two workers printed and left behind after an epoch that uses E-ARM from its second update on.
 
-    `backend` is the one to train with, and further flags.
-
-    By plain gradient descent: Adam makes rounding errors as large as it likes.
+    `backend` is the one to train with, and further flags; `environment` is for `distributed_worker.py`.
     """
-    earm = ["--criterion", "earm_cross_entropy", "--earm-start-update", 1, "--earm-weight", 0.5]
-    flags = [*earm, "--optimizer", "sgd", "--lr", 0.3, "--ddp-backend", *backend, *EPOCH, *WORKERS]
-    printed = run_workers(folder, train_arguments(tiny, folder / "out", *flags, **options))
+    status, printed = run_workers(folder, train_arguments(tiny, folder / "out", *EARM, "--ddp-backend", *backend, *WORKERS), environment)
+    assert status == 0, printed[-3000:]
     return printed, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def workers(tiny, tmp_path_factory):
-    return train_on_two(tiny, tmp_path_factory.mktemp("workers"), "legacy_ddp")
+    return train_on_two(tiny, tmp_path_factory.mktemp("workers"), "legacy_ddp", FAULT="nan")
 
 
 def test_workers_end_with_equal_finite_weights(workers):
@@ -68,7 +70,7 @@ def test_workers_end_with_equal_finite_weights(workers):
 
 def test_an_epoch_that_does_not_come_out_even_is_finished(workers):
     printed, left = workers
-    entries = [json.loads(line[line.index("{"):]) for line in printed.splitlines() if "train_inner" in line and "{" in line]
+    entries = updates(printed)
     assert [entry["num_updates"] for entry in entries] == [str(update) for update in range(1, 8)]
     assert ["earm_dv" in entry for entry in entries] == [False] + [True] * 6
     sentences = [int(entry["bsz"]) for entry in entries]
@@ -83,7 +85,7 @@ def test_one_workers_bad_loss_makes_all_skip(workers):
 
 def test_sharded_workers_learn_the_same(tiny, workers, tmp_path):
     pytest.importorskip("fairscale", reason="--ddp-backend fully_sharded needs fairscale, which is not installed")
-    printed, left = train_on_two(tiny, tmp_path, "fully_sharded", "--min-params-to-wrap", 1)
+    printed, left = train_on_two(tiny, tmp_path, "fully_sharded", "--min-params-to-wrap", 1, FAULT="nan")
     assert printed.count("update skipped (1 skipped so far)") == 2
     assert [worker["drawn"] for worker in left] == [6, 6]
     expected, found = workers[1][0]["weights"], left[0]["weights"]
@@ -94,6 +96,66 @@ def test_sharded_workers_learn_the_same(tiny, workers, tmp_path):
     [model] = load_model_ensemble_and_task([str(tmp_path / "out" / "checkpoint_last.pt")])[0]
     saved = used_weights(model.state_dict())
     assert all(torch.equal(weight, saved[name]) for name, weight in used_weights(found).items())
+
+
+def updates(printed):
+    """What was logged of each update."""
+    lines = [line[line.index("{"):] for line in printed.splitlines() if "train_inner" in line and "{" in line]
+    return [json.loads(line) for line in lines]
+
+
+def moving_normalizer(checkpoint):
+    """The moving normaliser that a resume would go on from."""
+    state = checkpoint["extra_state"]["metrics"]["earm_state"]
+    [value] = [meter["val"] for _, key, _, meter in state if key == "log_normalizer"]
+    return value
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """One worker that has the two workers' batches and negatives."""
+    with mock.patch.object(AncestralSampler, "__call__", lambda sampler, *args: known_negatives(*args)):
+        return train(tiny, tmp_path_factory.mktemp("whole"), *EARM, *IN_ORDER, "--batch-size", 64)
+
+
+@pytest.mark.parametrize("flags", ["c10d", "c10d --earm-loss-rows 8", "no_c10d --earm-loss-rows 8"])
+def test_two_workers_are_one_with_twice_the_batch(tiny, whole, tmp_path, flags):
+    flags = flags.split()
+    unused = ["--find-unused-parameters"] if flags[0] == "c10d" and has_unused_weights(tiny.a) else []
+    printed, _ = train_on_two(tiny, tmp_path, *flags, *unused, *IN_ORDER, KNOWN_NEGATIVES="yes")
+    found, expected = torch.load(tmp_path / "out" / "checkpoint_last.pt", weights_only=False), whole.checkpoint()
+    assert found["optimizer_history"][-1]["num_updates"] == expected["optimizer_history"][-1]["num_updates"] == 7
+    weights = used_weights(found["model"])
+    for name, weight in used_weights(expected["model"]).items():
+        assert torch.allclose(weight, weights[name], rtol=0, atol=1e-6), name
+    assert torch.allclose(moving_normalizer(found), moving_normalizer(expected), rtol=0, atol=1e-6)
+    for one, other in zip(updates(printed), whole.log()):
+        for figure in ("loss", "earm_loss", "earm_dv", "earm_ess", "earm_energy_gap", "earm_log_normalizer", "gnorm"):
+            assert figure not in other or float(one[figure]) == pytest.approx(other[figure], abs=2e-3), figure
+
+
+def test_a_worker_out_of_memory_loses_its_batch_and_no_one_waits(tiny, tmp_path):
+    """As with any criterion, in the last of an update's batches alone: elsewhere fairseq loses the thread."""
+    printed, left = train_on_two(tiny, tmp_path, "legacy_ddp", "--update-freq", 2, FAULT="out of memory")
+    assert printed.count("attempting to recover from OOM") == 1
+    first, second = (used_weights(found["weights"]) for found in left)
+    assert all(torch.equal(weight, second[name]) and bool(torch.isfinite(weight).all()) for name, weight in first.items())
+    assert torch.load(tmp_path / "out" / "checkpoint_last.pt", weights_only=False)["optimizer_history"][-1]["num_updates"] == 4
+    lost = 403 - sum(int(entry["bsz"]) for entry in updates(printed))
+    assert lost in (19, 32)  # one batch
+
+
+def test_a_worker_s_error_ends_the_run(tiny, tmp_path):
+    arguments = train_arguments(tiny, tmp_path / "out", *EARM, "--ddp-backend", "legacy_ddp", *WORKERS)
+    status, printed = run_workers(tmp_path, arguments, {"FAULT": "error"})
+    assert status != 0 and "ValueError: something else" in printed
+    assert not (tmp_path / "out" / "checkpoint_last.pt").exists()
+
+
+def has_unused_weights(path):
+    """Stock fairseq has weights that are never trained; there torch.distributed needs fairseq's --find-unused-parameters."""
+    [model] = load_model_ensemble_and_task([str(path)])[0]
+    return len(used_weights(dict(model.named_parameters()))) < len(list(model.parameters()))
 
 
 def gradients(model, wrapped, rank, path, seed=1):
@@ -126,9 +188,8 @@ def wrapped_worker(rank, folder, path):
     """One worker of torch's DistributedDataParallel as fairseq wraps it (its own wrapper asks for a GPU)."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_size=2, rank=rank)
     model = load_double(path)
-    # Stock fairseq has weights that are never trained; there torch.distributed needs fairseq's --find-unused-parameters.
-    unused = len(used_weights(dict(model.named_parameters()))) < len(list(model.parameters()))
-    wrapped = ModuleProxyWrapper(torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=has_unused_weights(path))
+    wrapped = ModuleProxyWrapper(wrapped)
     found = {"gradients": gradients(model, wrapped, rank, path), "negatives": negatives(wrapped, path)}
     # The one decoder layer is left out of the data's pass, of the negatives', of both or of none.
     model.decoder.layers = LayerDropModuleList(0.5, model.decoder.layers)
@@ -146,7 +207,7 @@ def wrapped(tiny, tmp_path_factory):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(400)
     assert [process.exitcode for process in processes] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 

@@ -1,27 +1,23 @@
 """The loss head, forward and backward: fairseq's label-smoothed cross-entropy against what E-ARM's criterion reads.
 
-    loss_head.py [--tokens 4000] [--vocabulary 10000 40000] [--dim 512] [--rows 512] [--rounds 5] [--threads 1]
-
 Ours also yields the energies; fairseq's would need another logsumexp for them.
 """
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from typing import Dict, List, Sequence
 
 import torch
 import torch.nn.functional as F
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+from tables import Row, Setting, Table
+from timing import Variant, compare, device
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from timing import compare, device, machine, markdown  # noqa: E402
-
-from fairseq_earm.ebm.energy import TokenEnergies, smoothed_nll  # noqa: E402
-from fairseq_earm.ebm.loss_head import projected_statistics, token_statistics  # noqa: E402
+from fairseq_earm.ebm.energy import TokenEnergies, smoothed_nll
+from fairseq_earm.ebm.loss_head import projected_statistics, token_statistics
 
 EPSILON = 0.1
+QUICK = {"tokens": 2000, "vocabularies": [10000]}
+FULL = {"tokens": 4000, "vocabularies": [10000, 40000]}
 
 
 def fairseqs(logits, target):
@@ -36,7 +32,7 @@ def ours(statistics, vocabulary):
     return smoothed_nll(energies, statistics.mean_logit, vocabulary, EPSILON).sum()
 
 
-def from_logits(tokens: int, vocabulary: int) -> dict:
+def from_logits(tokens: int, vocabulary: int) -> Dict[str, Variant]:
     """Both, from logits that are there."""
     logits = torch.randn(tokens, vocabulary, device=device(), requires_grad=True)
     target = torch.randint(vocabulary, (tokens,), device=device())
@@ -47,7 +43,7 @@ def from_logits(tokens: int, vocabulary: int) -> dict:
     return {name: _backward(loss, [logits]) for name, loss in losses.items()}
 
 
-def from_states(tokens: int, vocabulary: int, dim: int, rows: int) -> dict:
+def from_states(tokens: int, vocabulary: int, dim: int, rows: int) -> Dict[str, Variant]:
     """Both, from hidden states and the output embedding."""
     hidden = torch.randn(tokens, dim, device=device(), requires_grad=True)
     weight = (torch.randn(vocabulary, dim, device=device()) / dim**0.5).requires_grad_()
@@ -69,27 +65,33 @@ def _backward(loss, parameters):
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4000)
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[10000, 40000])
-    parser.add_argument("--dim", type=int, default=512, help="of the hidden states")
-    parser.add_argument("--rows", type=int, default=512, help="--earm-loss-rows")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = []
-    for vocabulary in args.vocabulary:
-        for variants in (from_logits(args.tokens, vocabulary), from_states(args.tokens, vocabulary, args.dim, args.rows)):
-            costs = compare(variants, args.rounds)
+def rows(setting: Setting, tokens: int = 4000, vocabularies: Sequence[int] = (10000, 40000), dim: int = 512, block: int = 512) -> List[Row]:
+    """Forward and backward of each loss head, from logits and from states.
+
+    Args:
+        tokens, vocabularies, dim: steps of a batch, symbols of each vocabulary, size of the states.
+        block: `--earm-loss-rows`.
+    """
+    found: List[Row] = []
+    for vocabulary in vocabularies:
+        for variants in (from_logits(tokens, vocabulary), from_states(tokens, vocabulary, dim, block)):
+            costs = compare(variants, setting.rounds)
             first = next(iter(costs.values()))
-            for name, cost in costs.items():
-                share = f"{cost.megabytes / first.megabytes:.0%}" if first.megabytes else "-"
-                rows.append([f"{vocabulary:,}", name, f"{cost.seconds:.3f}", f"{cost.ratio:.2f}", f"{cost.megabytes:,.0f}", share])
-    print(f"{args.tokens:,} tokens, states of {args.dim}; {machine()}; median of {args.rounds} rounds\n")
-    print(markdown(["vocabulary", "loss head", "seconds", "of fairseq's", "MB", "of fairseq's"], rows))
+            found += [
+                {
+                    "tokens": tokens, "vocabulary": vocabulary, "loss head": name, "seconds": cost.seconds, "time of fairseq's": cost.ratio,
+                    "MB": cost.megabytes, "memory of fairseq's": cost.megabytes / first.megabytes if first.megabytes else None,
+                }
+                for name, cost in costs.items()
+            ]
+    return found
 
 
-if __name__ == "__main__":
-    main()
+TABLE = Table(
+    "The loss head",
+    {
+        "tokens": ",", "vocabulary": ",", "loss head": "", "seconds": ".3f", "time of fairseq's": ".2f", "MB": ",.0f",
+        "memory of fairseq's": ".0%",
+    },
+    rows, QUICK, FULL,
+)

@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from typing import Dict
+from typing import Dict, Tuple
 
 import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer.transformer_legacy import transformer_iwslt_de_en
+from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture
+from timing import device
 from torch import Tensor
 
 SMALL = {
@@ -31,48 +33,101 @@ def translation_model(size: str, vocabulary: int, *, length: float = math.inf) -
     """`transformer_iwslt_de_en` ("iwslt"), or 2 + 2 layers of dimension 128 ("small"), in eval mode.
 
     Args:
-        length: of what is drawn from it, about and on average: at every step end-of-sentence has about the same
-            probability, 1 / `length`; by default as good as none.
+        length: of what is drawn from it, about and on average; by default it does not end.
     """
     args = Namespace(**SIZES[size], arch="transformer_iwslt_de_en", share_decoder_input_output_embed=True, dropout=0.3)
     transformer_iwslt_de_en(args)
     symbols = dictionary(vocabulary)
     model = TransformerModel.build_model(args, Namespace(source_dictionary=symbols, target_dictionary=symbols))
-    _end_after(model, length)
+    end_after(model, length)
     return model.eval()
 
 
 @torch.no_grad()
-def _end_after(model: TransformerModel, length: float) -> None:
-    """Shift all last states one way, and lay the embedding of end-of-sentence along it; no engine sees a difference."""
-    embedding, eos = model.decoder.output_projection.weight, model.decoder.dictionary.eos()
+def end_after(model: TransformerModel, length: float = math.inf) -> None:
+    """Give end-of-sentence about the probability 1 / `length` at every step.
+
+    All last states are shifted one way, and the embedding of end-of-sentence is laid along it: to whoever runs it, this is
+    a model like any other.
+    """
+    embedding, eos = model.decoder.output_projection.weight, symbols_of(model).eos()
     vocabulary, dim = embedding.shape
     shift = 8 * embedding[eos] / embedding[eos].norm()
-    model.decoder.layers[-1].final_layer_norm.bias.copy_(shift)
+    last_norm = model.decoder.layer_norm or model.decoder.layers[-1].final_layer_norm
+    last_norm.bias.copy_(shift)
     # The others' logits are close to normal: of variance 1 from step to step, and of 8²/d from token to token.
     others = math.log(vocabulary) + (1 + 8**2 / dim) / 2
     logit = others - math.log(length - 1) if length < math.inf else -20.0
     embedding[eos] = shift * logit / shift.square().sum()
 
 
-def trained_model(checkpoint: str, data: str) -> TransformerModel:
-    """A transformer for translation as `fairseq-train` left it, in eval mode; `data` holds its dictionaries."""
-    [model], _, _ = checkpoint_utils.load_model_ensemble_and_task([checkpoint], arg_overrides={"data": data})
+def language_model(size: str, vocabulary: int) -> TransformerLanguageModel:
+    """A `transformer_lm` of 2 layers of dimension 128 ("small"), or 6 of dimension 512 ("base"), in eval mode."""
+    layers, dim, ffn, heads = {"small": (2, 128, 512, 4), "base": (6, 512, 2048, 8)}[size]
+    args = Namespace(
+        decoder_layers=layers, decoder_embed_dim=dim, decoder_ffn_embed_dim=ffn, decoder_attention_heads=heads,
+        share_decoder_input_output_embed=True, tokens_per_sample=512,
+    )
+    base_lm_architecture(args)
+    symbols = dictionary(vocabulary)
+    model = TransformerLanguageModel.build_model(args, Namespace(source_dictionary=symbols, target_dictionary=symbols))
+    end_after(model)
     return model.eval()
+
+
+def symbols_of(model) -> Dictionary:
+    """What a model writes with."""
+    return model.decoder.dictionary
+
+
+def trained(checkpoint: str, data: str) -> Tuple[TransformerModel, object, object]:
+    """A transformer for translation as `fairseq-train` left it, its configuration and its task; `data` holds its text."""
+    [model], cfg, task = checkpoint_utils.load_model_ensemble_and_task([checkpoint], arg_overrides={"data": data})
+    return model.eval(), cfg, task
 
 
 def sources(model: TransformerModel, rows: int, length: int, seed: int = 1) -> dict:
     """`net_input` of random source sentences of length/2 to `length` tokens, the longest ones among them, padded on the right."""
-    symbols = model.encoder.dictionary
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(max(length // 2, 2), length + 1, (rows,), generator=generator)
     lengths[0] = length
-    tokens = random_sentences(symbols, lengths, generator)
-    where = next(model.parameters()).device
-    return {"src_tokens": tokens.to(where), "src_lengths": lengths.to(where)}
+    tokens = _sentences(model.encoder.dictionary, lengths, generator)
+    return {"src_tokens": tokens.to(device()), "src_lengths": lengths.to(device())}
 
 
-def random_sentences(symbols: Dictionary, lengths: Tensor, generator: torch.Generator) -> Tensor:
+def parallel_batch(symbols: Dictionary, tokens: int, length: int, seed: int = 1) -> dict:
+    """A batch of random sentences, source and target of one length, about so many tokens of each; 3/4 to 5/4 of `length`."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(max(3 * length // 4, 2), 5 * length // 4 + 1, (max(tokens // length, 1),), generator=generator)
+    source, target = (_sentences(symbols, lengths, generator) for _ in range(2))
+    starts = torch.full((len(target), 1), symbols.eos())
+    previous = torch.cat([starts, target[:, :-1].masked_fill(target[:, :-1] == symbols.eos(), symbols.pad())], 1)
+    net_input = {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": previous}
+    total = int(lengths.sum())
+    return {"id": torch.arange(len(target)), "nsentences": len(target), "ntokens": total, "net_input": net_input, "target": target}
+
+
+def prefixes(symbols: Dictionary, rows: int, length: int) -> Tensor:
+    """(rows, length) random words for a language model to go on from."""
+    return torch.randint(symbols.nspecial, len(symbols), (rows, length), device=device())
+
+
+def real_batch(task, split: str, **limit: int) -> dict:
+    """A batch of a task's data, the one of middling length; `limit` is max_tokens or max_sentences."""
+    task.cfg.left_pad_source = False  # as all engines take it
+    task.load_dataset(split)
+    batches = task.get_batch_iterator(task.dataset(split), max_positions=task.max_positions(), **limit)
+    batches = list(batches.next_epoch_itr(shuffle=False))
+    return batches[len(batches) // 2]
+
+
+def real_sources(task, rows: int) -> dict:
+    """`net_input` of the sources of such a batch of the validation split."""
+    net_input = real_batch(task, "valid", max_sentences=rows)["net_input"]
+    return {key: net_input[key].to(device()) for key in ("src_tokens", "src_lengths")}
+
+
+def _sentences(symbols: Dictionary, lengths: Tensor, generator: torch.Generator) -> Tensor:
     """(R, longest) random words that end by end-of-sentence, padded on the right."""
     size = (lengths.numel(), int(lengths.max()))
     tokens = torch.randint(symbols.nspecial, len(symbols), size, generator=generator)

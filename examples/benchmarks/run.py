@@ -1,6 +1,6 @@
 """What E-ARM costs: tables of time and memory, each variant beside what would be run otherwise.
 
-    run.py [TABLE ...] [--threads 1] [--rounds 5] [--dtype float32] [--json FILE] [--checkpoint FILE --data FOLDER]
+    run.py [TABLE ...] [--full] [--threads 1] [--rounds 5] [--dtype float32] [--json FILE] [--plots FOLDER] [--checkpoint FILE --data FOLDER]
     run.py TABLE --with NAME=VALUE ...
 
 Without a name, all tables. --with gives a size of one table, a parameter of its `rows`, in JSON: sizes='["iwslt"]', batches=[128]. The tables run one after the other; the variants of a table in turns, in one process, so that a busy
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,20 +21,28 @@ import torch  # noqa: E402
 
 import fairseq_earm  # noqa: E402, F401  (mends the installed versions)
 
+import growth  # noqa: E402
+import loss_head  # noqa: E402
+import offline  # noqa: E402
+import reranking  # noqa: E402
 import sampler  # noqa: E402
+import update  # noqa: E402
 from tables import DTYPES, Setting, show  # noqa: E402
 from timing import machine  # noqa: E402
 
-TABLES = {"sampler": sampler.TABLE}
+MODULES = (update, sampler, reranking, offline, growth, loss_head)
+TABLES = {module.__name__: module.TABLE for module in MODULES}
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; by default all of them")
+    parser.add_argument("--full", action="store_true", help="all sizes: hours, where the others are minutes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="for what runs without gradients")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures here")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw what can be drawn")
     parser.add_argument("--checkpoint", metavar="FILE", help="a trained transformer for translation, for natural lengths")
     parser.add_argument("--data", metavar="FOLDER", help="with the dictionaries of --checkpoint")
     parser.add_argument("--with", dest="sizes", action="append", default=[], metavar="NAME=VALUE", help="a size of the one table named")
@@ -50,15 +60,21 @@ def main() -> None:
     if args.sizes and len(args.tables) != 1:
         options.error("--with goes with one table")
     sizes = {name: json.loads(value) for name, _, value in (size.partition("=") for size in args.sizes)}
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")  # fairseq's and hydra's of each other
     torch.set_num_threads(args.threads)
     setting = Setting(args.rounds, args.threads, args.dtype, args.checkpoint, args.data)
     figures = {"machine": machine(), **setting._asdict(), "tables": {}}
     for name in args.tables or TABLES:
-        rows = TABLES[name].measure(setting, **sizes)
-        print(show(TABLES[name], rows, setting), flush=True)
+        table = TABLES[name]
+        rows = table.measure(setting, **{**(table.full if args.full else table.quick), **sizes})
+        print(show(table, rows, setting), flush=True)
         figures["tables"][name] = rows
         if args.json:
             args.json.write_text(json.dumps(figures, indent=1))
+        if args.plots and table.plot:
+            args.plots.mkdir(parents=True, exist_ok=True)
+            table.plot(rows, args.plots / f"{name}.png")
 
 
 if __name__ == "__main__":

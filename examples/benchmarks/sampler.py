@@ -7,7 +7,7 @@ from typing import Dict, List, Sequence
 import rivals
 import torch
 from floor import MatrixProducts
-from models import sources, trained_model, translation_model
+from models import real_sources, sources, trained, translation_model
 from tables import Row, Setting, Table
 from timing import Variant, compare, device
 
@@ -15,6 +15,9 @@ from fairseq_earm.sampling.ancestral import AncestralSampler
 
 FLOOR = "matrix products alone"
 LONGEST = 80  # where natural lengths end
+
+QUICK = {"sizes": ["iwslt", "small"], "vocabulary": 10000, "batches": [128]}
+FULL = {**QUICK, "batches": [32, 128, 512]}
 
 
 def rows(
@@ -36,16 +39,17 @@ def rows(
             model = setting.place(translation_model(size, vocabulary, length=mean if ends else math.inf))
             lengths, longest = (f"about {mean:g}", LONGEST) if ends else (f"{length}", length)
             for batch in batches:
-                found += _compared({"model": size, "sources": batch, "length": lengths}, setting, model, batch, length, longest)
-    if setting.checkpoint:
-        model = setting.place(trained_model(setting.checkpoint, setting.data))
+                what = {"model": size, "sources": batch, "length": lengths}
+                found += _compared(what, setting, model, sources(model, batch, length), longest)
+    if setting.checkpoint and True in natural:
+        model, _, task = trained(setting.checkpoint, setting.data)
         for batch in batches:
-            found += _compared({"model": "trained", "sources": batch, "length": "natural"}, setting, model, batch, length, LONGEST)
+            what = {"model": "trained", "sources": batch, "length": "natural"}
+            found += _compared(what, setting, setting.place(model), real_sources(task, batch), LONGEST)
     return found
 
 
-def _compared(what: Row, setting: Setting, model, batch: int, source_length: int, longest: int) -> List[Row]:
-    net_input = sources(model, batch, source_length)
+def _compared(what: Row, setting: Setting, model, net_input: dict, longest: int) -> List[Row]:
     costs = compare(variants(model, net_input, longest, setting.threads), setting.rounds)
     floor = costs[FLOOR].rate
     return [
@@ -78,5 +82,5 @@ def variants(model, net_input: dict, longest: int, threads: int) -> Dict[str, Va
 TABLE = Table(
     "Sampling",
     {"model": "", "sources": ",", "length": "", "sampler": "", "tokens/s": ",.0f", "of fairseq's": ".2f", "of the floor": ".0%", "MB": ",.0f"},
-    rows,
+    rows, QUICK, FULL,
 )

@@ -1,6 +1,7 @@
 """What every table of the benchmarks has: a setting to measure in, columns, and a form to be printed in."""
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional
 
 import torch
@@ -38,11 +39,16 @@ class Table(NamedTuple):
         title: its heading.
         columns: how the figures of each column are written, as by `format`; none for what is printed as it is.
         measure: its rows, for a setting and its sizes.
+        quick, full: the sizes, for some minutes on one core and for as long as it takes.
+        plot: draws the rows into a file.
     """
 
     title: str
     columns: Dict[str, str]
     measure: Callable[..., List[Row]]
+    quick: dict = {}
+    full: dict = {}
+    plot: Optional[Callable[[List[Row], Path], None]] = None
 
 
 def show(table: Table, rows: List[Row], setting: Setting) -> str:

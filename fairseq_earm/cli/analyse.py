@@ -10,7 +10,7 @@ from fairseq_earm.cli import case_study, convergence, text_report
 from fairseq_earm.cli.common import write_json, write_text
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.ab_page import choose_pairs, page_and_key
-from fairseq_earm.evaluation.preference import binomial_p_value, preference
+from fairseq_earm.evaluation.preference import binomial_p_value, is_key, preference
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -76,11 +76,11 @@ def count_votes(args: argparse.Namespace) -> None:
     if len({os.path.realpath(path) for path in args.answers}) < len(args.answers):
         raise UsageError("one file of answers is given twice: every rater's votes count once")
     key = _json(args.key)
-    if not isinstance(key.get("items"), list):
+    if not is_key(key):
         raise UsageError(f"{args.key} is no key of ab-export: give page.key.json as the last file")
     found = preference([_json(path) for path in args.answers], key, allowed_failures=args.allowed_failures)
     votes = found.wins_a + found.wins_b
-    names = key.get("systems", {})
+    names = key["systems"] if isinstance(key.get("systems"), dict) else {}
     for system, wins in (("A", found.wins_a), ("B", found.wins_b)):
         share = f" ({wins / votes:.1%})" if votes else ""
         p_value = binomial_p_value(wins, votes)
@@ -105,7 +105,7 @@ def _json(path: str) -> dict:
             content = json.load(file)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{path} is not JSON: give what the page's button downloaded, and the key as the last file") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no answers: give what the page's button downloaded, and the key as the last file")

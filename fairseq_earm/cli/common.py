@@ -88,7 +88,7 @@ def write_text(path: str, content: str, *, flag: str = "--output") -> None:
         UsageError: it cannot be written.
     """
     with writing(flag, path), whole_file(path) as file:
-        file.write(content.encode())
+        file.write(content.encode("utf-8", "replace"))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ RECIPE = "pass what fairseq-generate --task earm_translation --energy-rerank --b
 SETTINGS = re.compile(r"energy reranking: (\{.*\})")
 # P-lines are rounded to 4 decimals; divided by a smaller weight than this, the rounding would drown log mu.
 SMALLEST_WEIGHT = 0.01
+LARGEST_SETTING = 1e6  # of a weight or a length penalty; with larger ones nothing is left of the numbers
+MOST_ROOM = 100  # times the candidates that there are, for lists of unequal lengths
 BITS_TO_NATS = math.log(2)
 
 
@@ -78,7 +80,7 @@ def _parse(path: str, printed: _Printed) -> None:
     for line in text_lines(path):
         try:
             _take(line, printed)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(f"{path}: a line without its numbers, {line[:60]!r}: {RECIPE}") from None
 
 
@@ -86,7 +88,7 @@ def _take(line: str, printed: _Printed) -> None:
     """Note what one line says, if it is of use."""
     settings = SETTINGS.search(line)
     if settings:
-        printed.settings.update(json.loads(settings.group(1)))
+        printed.settings.update(_numbers(json.loads(settings.group(1))))
     kind, sentence, rest = tagged_line(line) or ("", 0, "")
     if kind == "T":
         if sentence in printed.references:
@@ -100,6 +102,19 @@ def _take(line: str, printed: _Printed) -> None:
         printed.token_log_q.setdefault(sentence, []).append([float(value) for value in rest.split()])
 
 
+def _numbers(settings: dict) -> Dict[str, float]:
+    """The settings that are needed; other versions may log more.
+
+    Raises:
+        ValueError: one is no finite number.
+    """
+    found = {name: settings[name] for name in ("energy_weight", "lenpen") if name in settings}
+    for value in found.values():
+        if type(value) not in (int, float) or not abs(value) < LARGEST_SETTING:
+            raise ValueError("a setting that is no number")
+    return found
+
+
 def _check_complete(path: str, printed: _Printed) -> None:
     if not printed.texts:
         raise UsageError(f"{path} holds no hypotheses (H-, D- and P-lines): {RECIPE}")
@@ -111,6 +126,8 @@ def _check_complete(path: str, printed: _Printed) -> None:
     sizes = {sentence: len(texts) for sentence, texts in printed.texts.items()}
     if sizes != {sentence: len(rows) for sentence, rows in printed.token_log_q.items()}:
         raise UsageError(f"{path}: some hypotheses lack their P-lines: {RECIPE}")
+    if len(sizes) * max(sizes.values()) > MOST_ROOM * sum(sizes.values()):
+        raise UsageError(f"{path}: one sentence has {max(sizes.values())} hypotheses, the {len(sizes)} sentences {sum(sizes.values())}: {RECIPE}")
     if max(sizes.values()) == 1:
         raise UsageError(f"{path} has one hypothesis per sentence, nothing to choose from: {RECIPE}, N of 2 or more")
 
@@ -137,8 +154,9 @@ def _arrays(printed: _Printed, weight: float, lenpen: float) -> NBest:
         tokens = printed.token_log_q[sentence]
         lengths[row, :size] = [max(1, len(values)) for values in tokens]
         log_q[row, :size] = [sum(values) * BITS_TO_NATS for values in tokens]
-        totals = np.array(printed.scores[sentence]) * BITS_TO_NATS * lengths[row, :size] ** lenpen
-        with np.errstate(invalid="ignore"):  # −inf less −inf: a candidate that the model holds impossible
+        # −inf less −inf: a candidate that the model holds impossible
+        with np.errstate(invalid="ignore", over="ignore"):
+            totals = np.array(printed.scores[sentence]) * BITS_TO_NATS * lengths[row, :size] ** lenpen
             log_mu[row, :size] = np.nan_to_num((totals - log_q[row, :size]) / weight, nan=-np.inf, neginf=-np.inf)
     return NBest(
         [printed.references[sentence] for sentence in sentences], list(printed.texts.values()), log_q, log_mu, lengths

@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import math
 import os
-import pickle
 from typing import Sequence
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fairseq_earm.cli.common import device, writing
-from fairseq_earm.errors import UsageError
+from fairseq_earm.errors import UsageError, reason
 from fairseq_earm.evaluation.whole_file import whole_file
 from fairseq_earm.sampling.images import draw_images
 
@@ -85,11 +84,14 @@ def _decoder(path: str):
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(path, {"data": None})
         kind = state["cfg"].task._name
-    except (pickle.UnpicklingError, LookupError, RuntimeError, TypeError, AttributeError, ValueError, EOFError) as error:
-        raise UsageError(f"--path {path}: no checkpoint of fairseq-train ({type(error).__name__})") from error
+    except Exception as error:  # fairseq raises whatever it likes at files that are no checkpoints
+        raise UsageError(f"--path {path}: no checkpoint of fairseq-train ({reason(error)})") from error
     if kind != TASK:
         raise UsageError(f"--path {path} is a model of task {kind}: a PNG takes one of {TASK}; for text give a folder as --output")
-    models, _, _ = checkpoint_utils.load_model_ensemble_and_task([path], state=state)
+    try:
+        models, _, _ = checkpoint_utils.load_model_ensemble_and_task([path], state=state)
+    except Exception as error:
+        raise UsageError(f"--path {path}: a model that cannot be built ({reason(error)})") from error
     decoder = models[0].eval().decoder
     if decoder.image_shape[2] not in (1, 3):
         raise UsageError(f"--path {path}: images of {decoder.image_shape[2]} colours; a PNG shows one or three")

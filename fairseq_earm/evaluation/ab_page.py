@@ -10,7 +10,7 @@ from html import escape
 from typing import List, NamedTuple, Optional, Sequence
 
 from fairseq_earm.errors import UsageError
-from fairseq_earm.evaluation.page import STYLE
+from fairseq_earm.evaluation.page import STYLE, printable
 
 # A shuffled text of fewer different words could pass for a real one.
 FEWEST_WORDS = 4
@@ -85,10 +85,10 @@ def _shuffled(text: str, rng: random.Random) -> str:
 def page_and_key(pairs: Sequence[Pair], title: str) -> tuple:
     """The page as HTML, and its key: {"page": a name that the answers will carry too, "items": [...]}."""
     sections = "\n".join(_section(number, pair, len(pairs)) for number, pair in enumerate(pairs))
-    name = hashlib.sha256(sections.encode()).hexdigest()[:16]
+    name = hashlib.sha256(sections.encode("utf-8", "replace")).hexdigest()[:16]
     items = [{"item": number, "line": pair.line, "left": pair.left_is} for number, pair in enumerate(pairs)]
     page = PAGE.replace("{style}", f"{STYLE}\n{OWN_STYLE}").replace("{title}", escape(title)).replace("{name}", name)
-    page = page.replace("{sections}", sections)
+    page = printable(page.replace("{sections}", sections))
     return page, {"page": name, "items": items}
 
 

@@ -6,7 +6,7 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 from fairseq_earm.errors import UsageError
 
-TAGGED = re.compile(r"([STHDP])-(\d+)\t(.*)")
+TAGGED = re.compile(r"([STHDP])-(\d{1,18})\t(.*)", re.ASCII)
 
 
 class Generated(NamedTuple):
@@ -76,9 +76,9 @@ def _check_complete(path: str, lines: Dict[str, Dict[int, str]]) -> None:
         raise UsageError(f"{path} holds no hypotheses (H- and D-lines): give what fairseq-generate printed without --quiet")
     size = 1 + max(max(found) for found in lines.values() if found)
     for tag, found in lines.items():
-        missing = [sentence for sentence in range(size) if sentence not in found]
-        if missing and found:
+        if 0 < len(found) < size:
+            first = next(sentence for sentence in range(size) if sentence not in found)
             raise UsageError(
-                f"{path}: {len(missing)} of {size} sentences have no {tag}-line, the first is sentence {missing[0]}: give the whole "
+                f"{path}: {size - len(found)} of {size} sentences have no {tag}-line, the first is sentence {first}: give the whole "
                 "output; --task earm_translation translates every sentence"
             )

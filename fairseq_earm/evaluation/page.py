@@ -7,6 +7,7 @@ from html import escape, unescape
 from typing import Iterable, Sequence, Union
 
 PNG = b"\x89PNG\r\n\x1a\n"
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 NUMBER = re.compile(r"\s*[-+−±]?\d[\d,.]*(e[-+]?\d+)?\s*(%|s|±.*|\(.*|\[.*)?\s*")
 
 # The policy keeps the promise of the first line even for a page whose body forgot to escape something.
@@ -81,7 +82,15 @@ def page(title: str, body: str, style: str = "") -> str:
     """
     # In one pass: nothing that is put in is searched for the other places.
     parts = {"title": escape(title), "style": f"{STYLE}\n{style}".strip(), "body": body}
-    return re.sub(r"\{(title|style|body)\}", lambda place: parts[place.group(1)], PAGE)
+    return printable(re.sub(r"\{(title|style|body)\}", lambda place: parts[place.group(1)], PAGE))
+
+
+def printable(text: str) -> str:
+    """A page without what no page may hold: control characters, and halves of surrogate pairs, which no encoding has.
+
+    Marks that turn the direction of text stay; they end with the paragraph, cell or line of the list that they are in.
+    """
+    return UNPRINTABLE.sub("\ufffd", text)
 
 
 def figure(picture: bytes, caption: str) -> Html:

@@ -7,6 +7,9 @@ from typing import List, NamedTuple, Sequence
 from fairseq_earm.errors import UsageError
 
 
+LEFT = ["A", "B", "real", "shuffled"]
+
+
 class Preference(NamedTuple):
     """Votes for the systems "A" and "B".
 
@@ -32,6 +35,14 @@ def binomial_p_value(wins: int, votes: int) -> float:
     return sum(comb(votes, k) for k in range(wins, votes + 1)) / 2**votes
 
 
+def is_key(key: dict) -> bool:
+    """Whether a dictionary is the key of a page."""
+    items = key.get("items")
+    return isinstance(key.get("page"), str) and isinstance(items, list) and all(
+        isinstance(item, dict) and type(item.get("item")) is int and item.get("left") in LEFT for item in items
+    )
+
+
 def preference(answers: Sequence[dict], key: dict, *, allowed_failures: int = 0) -> Preference:
     """Count the votes of the raters that passed the attention checks.
 
@@ -48,7 +59,7 @@ def preference(answers: Sequence[dict], key: dict, *, allowed_failures: int = 0)
     pairs = {str(item["item"]): item["left"] for item in key["items"] if str(item["item"]) not in checks}
     votes, excluded, unanswered = {"A": 0, "B": 0}, [], 0
     for number, rater in enumerate(answers, start=1):
-        name = rater.get("rater") or f"rater {number}"
+        name = str(rater.get("rater") or f"rater {number}")
         given = _valid_answers(rater, name, key["page"], {**checks, **pairs})
         failed = sum(given.get(item) != ("left" if left == "real" else "right") for item, left in checks.items())
         if failed > allowed_failures:
@@ -70,7 +81,7 @@ def _valid_answers(rater: dict, name: str, page: str, items: dict) -> dict:
             f"the answers of {name} are to page {rater.get('page')}, the key is page {page}'s: give the key written with it"
         )
     given = rater.get("answers")
-    if not isinstance(given, dict) or not set(given) <= set(items) or not set(given.values()) <= {"left", "right"}:
+    if not isinstance(given, dict) or not set(given) <= set(items) or any(side not in ["left", "right"] for side in given.values()):
         raise UsageError(f"the answers of {name} are not what the page writes: download them again")
     return given
 

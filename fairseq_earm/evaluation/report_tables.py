@@ -99,7 +99,7 @@ def _entry(run: Run) -> Optional[str]:
         return None
     what = "control, " if run.setting("earm_control") else ""
     weight = run.setting("earm_weight")
-    what += "" if weight is None else f"λ = {weight:g}, "
+    what += "" if not isinstance(weight, (int, float)) else f"λ = {weight:g}, "
     entry = earm_entry(run.history)
     when = "from the first record" if entry is None else f"logged from update {entry:,.0f}"
     return f"{what}{when}, epoch {start['epoch']:.0f}" if "epoch" in start else what + when

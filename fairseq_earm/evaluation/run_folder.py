@@ -27,6 +27,7 @@ FACTS = {
     "model": re.compile(r"\| model: (\w+)\s*$"),
     "criterion": re.compile(r"\| criterion: (\w+)\s*$"),
 }
+PLAIN = (str, int, float, list, tuple, dict)
 DATE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d):\d\d \| ")
 
 
@@ -129,7 +130,8 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     groups = state["cfg"] if state.get("cfg") is not None else {"args": state["args"]}
     tensors = {(tensor.data_ptr(), tensor.shape): tensor.numel() for tensor in state["model"].values() if tensor.dim() > 0}
     history = state.get("optimizer_history") or [{}]
-    return Checkpoint(path, _settings(groups), sum(tensors.values()), history[-1].get("num_updates"))
+    updates = history[-1].get("num_updates")
+    return Checkpoint(path, _settings(groups), sum(tensors.values()), updates if isinstance(updates, int) else None)
 
 
 def _settings(groups: dict) -> Dict[str, object]:
@@ -143,7 +145,7 @@ def _settings(groups: dict) -> Dict[str, object]:
             found[NAMED[group]] = values["_name"]
         for name, value in values.items():
             if not name.startswith("_"):
-                found.setdefault(name, value)
+                found.setdefault(name, value if value is None or isinstance(value, PLAIN) else str(value))
     return found
 
 
@@ -153,7 +155,7 @@ def _json_files(files: Sequence[Path], notes: List[str]) -> List[Tuple[Path, obj
         if path.suffix == ".json":
             try:
                 found.append((path, json.loads(path.read_text(encoding="utf-8"))))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 notes.append(f"{path} is not JSON that can be read.")
     return found
 

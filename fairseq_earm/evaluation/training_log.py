@@ -21,9 +21,10 @@ History = Dict[str, List[Record]]
 
 INNER, EPOCHS = "train_inner", "train"
 # A record as fairseq writes it: JSON; an interval as plain text; the end of an epoch or a validation as plain text.
-JSON_RECORD = re.compile(r"(?:([\w.-]+)[ |:]+)?(\{\".*\})\s*$")
-INTERVAL = re.compile(r"\bepoch (\d+):\s+(\d+) / (\d+) (\w+=.*)$")
-AVERAGES = re.compile(r"\b(?:epoch (\d+) \| )?(?:valid on '(.+?)' subset \| )?(loss \S+ \| .*)$")
+JSON_RECORD = re.compile(r"(?:(?<![\w.-])([\w.-]+)[ |:]+)?(\{\".*\})\s*$")
+INTERVAL = re.compile(r"\bepoch (\d{1,9}):\s+(\d{1,15}) / (\d{1,15}) (\w+=.*)$")
+AVERAGES = re.compile(r"\b(?:epoch (\d{1,9}) \| )?(?:valid on '([^']+)' subset \| )?(loss \S+ \| .*)$")
+LONGEST = 1 << 16  # characters of a line; a record has some thousand
 EVENTS = "events.out.tfevents."
 
 
@@ -70,6 +71,8 @@ def _drop_same(kept: list, update: float, kind: str) -> None:
 
 def _record(line: str) -> Optional[Tuple[str, Record]]:
     """Kind and values of a line that is a record."""
+    if len(line) > LONGEST:
+        return None
     for pattern, read in ((JSON_RECORD, _from_json), (INTERVAL, _from_interval), (AVERAGES, _from_averages)):
         match = pattern.search(line)
         if match:
@@ -82,7 +85,7 @@ def _from_json(match) -> Optional[Tuple[str, Record]]:
     tag = match.group(1)
     try:
         values = json.loads(match.group(2))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     keys = [key for key in values if key not in ("epoch", "update")]
     tagged = bool(tag and keys) and all(key.startswith(f"{tag}_") for key in keys)
@@ -93,8 +96,10 @@ def _from_json(match) -> Optional[Tuple[str, Record]]:
     return kind or INNER, record
 
 
-def _from_interval(match) -> Tuple[str, Record]:
+def _from_interval(match) -> Optional[Tuple[str, Record]]:
     epoch, done, of = map(int, match.group(1, 2, 3))
+    if of == 0:
+        return None
     values = _numbers(part.partition("=")[::2] for part in match.group(4).split(", "))
     return INNER, {"epoch": float(epoch), "update": round(epoch - 1 + done / of, 3), **values}
 
@@ -113,7 +118,7 @@ def _numbers(values: Iterable[Tuple[str, object]]) -> Record:
     for key, value in values:
         try:
             found[key] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     return found
 

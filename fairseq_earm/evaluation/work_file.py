@@ -4,10 +4,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from typing import ContextManager, Dict, Optional
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.whole_file import hold
+
+
+CHECKSUM = "crc32"
+BEGINNING = b'{"settings": '
 
 
 def open_work(json_path: Optional[str], settings: dict) -> ContextManager[Optional["WorkFile"]]:
@@ -15,6 +20,24 @@ def open_work(json_path: Optional[str], settings: dict) -> ContextManager[Option
     if not json_path:
         return contextlib.nullcontext()
     return WorkFile(f"{json_path}.partial", settings, flag=f"--json {json_path}")
+
+
+def _marked(record: dict) -> bytes:
+    """A line, with the checksum of what is in it."""
+    return json.dumps({**record, CHECKSUM: zlib.crc32(json.dumps(record).encode())}).encode()
+
+
+def _checked(line: bytes) -> dict:
+    """The record of a line.
+
+    Raises:
+        ValueError: it is not as it was written; or others, of what is no line of ours.
+    """
+    record = json.loads(line)
+    checksum = record.pop(CHECKSUM)
+    if zlib.crc32(json.dumps(record).encode()) != checksum or type(record["index"]) is not int:
+        raise ValueError("not as it was written")
+    return record
 
 
 class WorkFile:
@@ -80,16 +103,19 @@ class WorkFile:
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
+        first, *others = whole.splitlines() or [b""]
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-            theirs = [line["settings"] for line in lines[:1]]
-            self.records = {line["index"]: line for line in lines[1:]}
-        except (ValueError, KeyError, TypeError):
+            if not whole and content[: len(BEGINNING)] != BEGINNING[: len(content)]:
+                raise ValueError("not ours")
+            theirs = json.loads(first)["settings"] if first else settings
+            if not isinstance(theirs, dict):
+                raise ValueError("no settings")
+            self.records = {record["index"]: record for record in map(_checked, others)}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(f"{self.path} is damaged: delete it to start afresh") from None
-        for other in theirs:
-            self._check(settings, other)
-        return bool(lines)
+        self._check(settings, theirs)
+        self._file.truncate(len(whole))
+        return bool(whole)
 
     def _check(self, settings: dict, theirs: dict) -> None:
         for name in sorted({*settings, *theirs}):
@@ -101,7 +127,7 @@ class WorkFile:
 
     def _write(self, line: dict) -> None:
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.write(_marked(line) + b"\n")
             self._file.flush()
         except OSError as error:
             raise self._cannot_write(error) from None

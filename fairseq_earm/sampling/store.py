@@ -42,7 +42,9 @@ def open_shard(prefix: str, record: dict, dictionary_size: int) -> MMapIndexedDa
         shard = MMapIndexedDataset(prefix)
     except (AssertionError, KeyError, OverflowError, ValueError, struct.error) as error:
         raise UsageError(f"{prefix}.idx is no index of fairseq's format mmap: make the samples again") from error
-    if len(shard) != items or (shard.sizes != length).any():
+    index = shard._index
+    one_by_one = np.arange(items) * (length * dtype.itemsize)
+    if len(shard) != items or index.dtype != dtype or (shard.sizes != length).any() or (index._pointers != one_by_one).any():
         raise UsageError(f"{prefix}.idx does not list {items} items of {length} tokens: make the samples again")
     return shard
 

@@ -2,22 +2,24 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import pickle
 import struct
-import zipfile
 import zlib
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import numpy as np
 
-from fairseq_earm.errors import UsageError
+from fairseq_earm.errors import UsageError, reason
 
 SPLITS = ("train", "valid", "test")
 MNIST = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 CIFAR10 = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 CIFAR10_SHAPE = (3, 32, 32)
 IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
+DEFLATED = 1032  # bytes that a byte of a .gz can stand for, at most
+LARGEST_BATCH = 1 << 28  # bytes of a batch of CIFAR-10; its own have 31 million
 KNOWN = "MNIST's train-images-idx3-ubyte (as it is or .gz), CIFAR-10's data_batch_1 (python or .bin), or one .npz"
 
 
@@ -56,22 +58,21 @@ def _need(folder: str, name: str, endings) -> str:
     return found[0]
 
 
-def _read(path: str) -> bytes:
+def _read_idx(path: str) -> np.ndarray:
+    """What the header claims is read, and no more: a small .gz can hold any number of bytes."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            return file.read()
+            header = file.read(16)
+            if len(header) < 16 or struct.unpack(">I", header[:4]) != (IDX_IMAGES,):
+                raise UsageError(f"{path}: no idx file of images; get it again")
+            images, height, width = struct.unpack(">3I", header[4:])
+            size = images * height * width
+            content = file.read(size + 1) if size <= DEFLATED * os.path.getsize(path) else b""
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read ({error}); get it again") from error
-
-
-def _read_idx(path: str) -> np.ndarray:
-    content = _read(path)
-    if len(content) < 16 or struct.unpack(">I", content[:4]) != (IDX_IMAGES,):
-        raise UsageError(f"{path}: no idx file of images; get it again")
-    images, height, width = struct.unpack(">3I", content[4:16])
-    if len(content) != 16 + images * height * width:
-        raise UsageError(f"{path}: {len(content)} bytes, and {images} images of {height} x {width} need another number; get it again")
-    return np.frombuffer(content, np.uint8, offset=16).reshape(images, height, width, 1)
+    if len(content) != size or not size:
+        raise UsageError(f"{path}: {images} images of {height} x {width} need another number of bytes than it has; get it again")
+    return np.frombuffer(content, np.uint8).reshape(images, height, width, 1)
 
 
 def _read_cifar10(folder: str, names: List[str]) -> np.ndarray:
@@ -82,35 +83,65 @@ def _read_cifar10(folder: str, names: List[str]) -> np.ndarray:
 def _read_cifar10_batch(path: str) -> np.ndarray:
     """(N, 3072) colour planes."""
     values = int(np.prod(CIFAR10_SHAPE))
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_BATCH + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error}); get it again") from error
     if path.endswith(".bin"):
-        records = np.frombuffer(_read(path), np.uint8)
+        records = np.frombuffer(content, np.uint8)
         data = records.reshape(-1, values + 1)[:, 1:] if records.size % (values + 1) == 0 else None
     else:
-        data = _unpickle(path)
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != values:
+        data = _unpickle(content)
+    if len(content) > LARGEST_BATCH or data is None or data.ndim != 2 or data.shape[1] != values:
         raise UsageError(f"{path}: no batch of CIFAR-10; get it again")
     return data
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """A pickle can do anything to its reader; CIFAR-10's hold arrays."""
+class _Bytes:
+    """An array of bytes in a pickle. numpy's own classes do what a pickle tells them; this one keeps the state for a look at it."""
+
+    def __init__(self, *_):
+        self.state = ()
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _Type(_Bytes):
+    def __init__(self, name=None, *_):
+        self.name = name
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How old protocols write bytes."""
+    return text.encode({"latin1": "latin1"}[encoding])
+
+
+# Written in Python, it makes no room for what is only claimed to be there.
+class _BytesOnly(pickle._Unpickler):
+    """A pickle can do anything to its reader; CIFAR-10's hold arrays of bytes."""
 
     def find_class(self, module: str, name: str):
         # The module of the first moved with numpy 2.
-        known = {"_reconstruct": np.zeros(1).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+        known = {"_reconstruct": _Bytes, "ndarray": _Bytes, "dtype": _Type}
         if module.split(".")[0] == "numpy" and name in known:
             return known[name]
-        if (module, name) == ("_codecs", "encode"):  # how old protocols write bytes
-            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return _encode
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
-def _unpickle(path: str):
+def _unpickle(content: bytes) -> Optional[np.ndarray]:
+    """The array "data" of bytes in a pickled dictionary; None where it is something else."""
     try:
-        with open(path, "rb") as file:
-            batch = _ArraysOnly(file, encoding="latin1").load()
-        return batch.get("data", batch.get(b"data"))
-    except (pickle.UnpicklingError, OSError, EOFError, AttributeError, ValueError, TypeError, LookupError, ImportError):
+        batch = _BytesOnly(io.BytesIO(content), encoding="latin1").load()
+        _, shape, kind, by_columns, values = batch.get("data", batch.get(b"data")).state
+        if kind.name not in ("u1", b"u1"):
+            return None
+        values = values.encode("latin1") if isinstance(values, str) else values
+        return np.frombuffer(values, np.uint8).reshape(shape, order="F" if by_columns else "C")
+    except Exception:  # whatever such a file makes of its reader
         return None
 
 
@@ -119,9 +150,8 @@ def _read_npz(path: str) -> Dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*SPLITS, "x") if name in file.files}
             names = ", ".join(file.files)
-    # The next to last: numpy reads a single array's file under any name.
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError, AttributeError, zlib.error) as error:
-        raise UsageError(f"{path}: no file of numpy.savez ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # numpy, zipfile and zlib raise whatever they like
+        raise UsageError(f"{path}: no file of numpy.savez ({reason(error)})") from error
     if "x" in arrays and "train" not in arrays:
         arrays = {"train": arrays["x"]}
     arrays.pop("x", None)

@@ -128,7 +128,8 @@ def test_broken_idx_files(tmp_path):
     assert "no idx file of images" in refused(read_image_files, str(tmp_path))
     test.unlink()
     assert "has no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz" in refused(read_image_files, str(tmp_path))
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
+    whole = gzip.compress((tmp_path / "train-images-idx3-ubyte").read_bytes())
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(whole[:-9])
     assert "cannot be read" in refused(read_image_files, str(tmp_path))
     damaged = bytearray(gzip.compress(some(1, 1000).tobytes()))
     damaged[10] |= 0b110  # a kind of block that there is not
