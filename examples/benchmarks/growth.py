@@ -19,6 +19,11 @@ FULL = {
     "length": [10, 20, 40, 80, 160], "vocabulary": [5000, 10000, 20000, 40000], "batch": [8, 32, 128, 512], "negatives": [1, 2, 4, 8],
 }
 
+MEANING = {
+    "length": "tokens of a sentence", "vocabulary": "symbols of the vocabulary", "batch": "source sentences",
+    "negatives": "negatives of each source",
+}
+
 
 def rows(setting: Setting, size: str = "small", grows: Dict[str, Sequence[int]] = QUICK, base: Optional[Dict[str, int]] = None) -> List[Row]:
     """Seconds of a draw and of an update beside fairseq's, each thing growing while the others stay at `base`.
@@ -70,21 +75,24 @@ def plot(found: List[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(row["grows"] for row in found))
-    figure, panels = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 3.2), sharey=True, squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(1, len(names), figsize=(3 * len(names), 3.8), sharey=True, squeeze=False, layout="constrained")
     for panel, name in zip(panels[0], names):
-        points = [row for row in found if row["grows"] == name]
-        for what, colour in (("sampling", "tab:blue"), ("update", "tab:orange")):
-            for who, style in (("fairseq", "--"), ("E-ARM", "-")):
-                seconds = [row[f"{what}, {who}"] for row in points]
-                panel.plot([row["value"] for row in points], seconds, style, marker="o", color=colour, label=f"{what}, {who}")
-        panel.set(xscale="log", yscale="log", xlabel=name, title=name)
-        panel.set_xticks([row["value"] for row in points], [f"{row['value']:,}" for row in points])
-        panel.minorticks_off()
+        _panel(panel, name, [row for row in found if row["grows"] == name])
     panels[0][0].set_ylabel("seconds")
-    panels[0][0].legend(fontsize="small")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(machine(), fontsize="small")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _panel(panel, name: str, points: List[Row]) -> None:
+    values = [row["value"] for row in points]
+    for what, colour in (("sampling", "tab:blue"), ("update", "tab:orange")):
+        for who, style in (("fairseq", "--"), ("E-ARM", "-")):
+            panel.plot(values, [row[f"{what}, {who}"] for row in points], style, marker="o", color=colour, label=f"{what}, {who}")
+    panel.set(xscale="log", yscale="log", xlabel=MEANING[name])
+    panel.set_xticks(values, [f"{value:,}" for value in values])
+    panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
 TABLE = Table(

@@ -10,7 +10,7 @@ import math
 import tempfile
 from argparse import Namespace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, List
 
 import torch
 from fairseq import search
@@ -41,27 +41,33 @@ def fairseqs_generator(model, net_input: dict, longest: int) -> Draw:
 
 def ctranslate2s(model, net_input: dict, longest: int, *, threads: int) -> Draw:
     """CTranslate2's random sampling, on the same device and in the same precision."""
+    there = translator(model, threads=threads, device=net_input["src_tokens"].device.type)
+    words = written(model.encoder.dictionary, net_input["src_tokens"])
+
+    def draw() -> int:
+        found = there.translate_batch(words, beam_size=1, sampling_topk=0, max_decoding_length=longest, min_decoding_length=0)
+        lengths = [len(result.hypotheses[0]) for result in found]
+        return sum(length + (length < longest) for length in lengths)  # end-of-sentence is not among them
+
+    return draw
+
+
+def translator(model, *, threads: int, device: str):
+    """CTranslate2's engine with the weights of a transformer of fairseq."""
     import ctranslate2
 
-    device = net_input["src_tokens"].device.type
     precision = str(next(model.parameters()).dtype).replace("torch.", "")
     with tempfile.TemporaryDirectory() as folder:
         _convert(model, Path(folder))
-        translator = ctranslate2.Translator(
+        return ctranslate2.Translator(
             str(Path(folder) / "converted"), device=device, compute_type=precision, inter_threads=1, intra_threads=threads
         )
-    symbols = model.encoder.dictionary
-    words = [[symbols[token] for token in row if token > symbols.unk()] for row in net_input["src_tokens"].tolist()]
-    words = [[word for word in row if word != symbols.eos_word] for row in words]
 
-    def draw() -> int:
-        found = translator.translate_batch(
-            words, beam_size=1, sampling_topk=0, max_decoding_length=longest, min_decoding_length=0, return_scores=False
-        )
-        lengths = [len(result.hypotheses[0]) for result in found]
-        return sum(length + (length < longest) for length in lengths)
 
-    return draw
+def written(symbols, tokens) -> List[List[str]]:
+    """The words of padded rows, without end-of-sentence."""
+    special = {symbols.pad(), symbols.eos()}
+    return [[symbols[token] for token in row if token not in special] for row in tokens.tolist()]
 
 
 def _convert(model, folder: Path) -> None:
@@ -76,6 +82,12 @@ def _convert(model, folder: Path) -> None:
     state = {name: value.float().cpu() for name, value in model.state_dict().items()}
     torch.save({"args": args, "model": state}, folder / "checkpoint.pt")
     FairseqConverter(str(folder / "checkpoint.pt"), str(folder), "src", "tgt").convert(str(folder / "converted"))
+
+
+def is_marian(model) -> bool:
+    """Whether MarianMT can hold these weights: norms after each block and nowhere else, positions not learned."""
+    sides = (model.encoder, model.decoder)
+    return not any(side.layer_norm or side.layernorm_embedding or hasattr(side.embed_positions, "weight") for side in sides)
 
 
 def hugging_faces_generate(model, net_input: dict, longest: int) -> Draw:

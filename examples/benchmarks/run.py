@@ -9,6 +9,7 @@ machine slows all of them down. On the GPU where there is one.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import sys
@@ -57,6 +58,8 @@ def main() -> None:
         options.error(f"no table {unknown[0]!r}: there are {', '.join(TABLES)}")
     if bool(args.checkpoint) != bool(args.data):
         options.error("--checkpoint and --data go together")
+    if args.plots and importlib.util.find_spec("matplotlib") is None:
+        options.error("--plots: draws with matplotlib, which is not installed; install it, or leave --plots out")
     if args.sizes and len(args.tables) != 1:
         options.error("--with goes with one table")
     sizes = {name: json.loads(value) for name, _, value in (size.partition("=") for size in args.sizes)}

@@ -72,7 +72,7 @@ def variants(model, net_input: dict, longest: int, threads: int) -> Dict[str, Va
         return int(sampler(model, net_input).mask.sum())
 
     found = {"fairseq": rivals.fairseqs_generator(model, net_input, longest)}
-    if rivals.installed("transformers"):
+    if rivals.installed("transformers") and rivals.is_marian(model):
         found["Hugging Face"] = rivals.hugging_faces_generate(model, net_input, longest)
     if rivals.installed("ctranslate2"):
         found["CTranslate2"] = rivals.ctranslate2s(model, net_input, longest, threads=threads)

@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import Counter
 from typing import Dict, List
 
-from timing import synchronise
+from timing import now
 
 
 class Stages:
@@ -28,14 +27,12 @@ class Stages:
         inner = getattr(owner, method)
 
         def watched(*args, **kwargs):
-            synchronise()
-            started = time.perf_counter()
+            started = now()
             self._open.append(0.0)
             try:
                 return inner(*args, **kwargs)
             finally:
-                synchronise()
-                seconds = time.perf_counter() - started
+                seconds = now() - started
                 self.calls[-1][stage] += seconds - self._open.pop()
                 if self._open:
                     self._open[-1] += seconds

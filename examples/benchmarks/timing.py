@@ -19,7 +19,7 @@ class Cost(NamedTuple):
     """Of one variant.
 
     Attributes:
-        seconds: median over the rounds.
+        seconds: median over the rounds, see `now`.
         ratio: median over the rounds of its time over the first variant's in the same round; where things are counted, of
             its time for one of them.
         megabytes: most memory held beyond what was held before the call.
@@ -58,11 +58,16 @@ def _cost(seconds: Dict[str, List[float]], made: Dict[str, List[float]], name: s
 
 
 def _time(variant: Variant) -> tuple:
-    synchronise()
-    started = time.perf_counter()
+    started = now()
     made = variant()
+    return now() - started, made
+
+
+def now() -> float:
+    """Seconds, everything done that was asked of the GPU. With one thread those of the processor: other programs count little."""
     synchronise()
-    return time.perf_counter() - started, made
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if alone else time.perf_counter()
 
 
 def peak_memory(variant: Variant) -> float:
