@@ -69,9 +69,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise UsageError(f"--run {name} is given twice: put the logs of all its seeds after one --run {name}")
     if not args.output.lower().endswith(".png"):
         raise UsageError(f"--output {args.output}: the figure is a PNG file; give a name that ends in .png")
-    folder = os.path.dirname(args.output) or "."
-    if not os.path.isdir(folder):
-        raise UsageError(f"--output {args.output}: there is no folder {folder}; make it, or give another")
+    check_json(args.output, flag="--output")
 
 
 def _ends(seeds: list, by: str) -> str:

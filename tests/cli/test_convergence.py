@@ -44,7 +44,7 @@ def test_by_update(logged, tmp_path):
     (["--run", "a", "absent.log"], "absent.log: there is no such log"),
     (["--run", "a", "EMPTY"], "has no log of training in it"),
     (["--run", "a", "LOG", "--output", "figure.pdf"], "ends in .png"),
-    (["--run", "a", "LOG", "--output", "absent/figure.png"], "there is no folder absent"),
+    (["--run", "a", "LOG", "--output", "absent/figure.png"], "there is no such folder"),
     (["--run", "a", "LOG", "--output", "figure.png", "--json", "absent/figure.json"], "--json absent/figure.json"),
     (["--run", "a", "INTERVALS"], "or --by update"),
 ])
