@@ -1,5 +1,7 @@
 # make setup    creates .venv and installs the pinned versions into it (some minutes)
 # make test     runs the tests with coverage; creates .venv when it is missing
+# make kill-tests   kills training, sampling, perplexity and tuning 20 times each (KILLS) at random moments and starts them again
+# make soak DATA=data-bin/FOLDER   trains E-ARM for two hours (MINUTES) and watches its memory, files and threads
 # make demo     runs the synthetic demonstration of E-ARM; creates .venv when it is missing
 # make demo-residual   the same for residual energy-based models
 # make clean    removes .venv and everything built
@@ -10,9 +12,11 @@
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
 
 JOBS ?= 2
+KILLS ?= 20
+MINUTES ?= 120
 BIN := .venv/bin
 
-.PHONY: help setup test demo demo-residual clean
+.PHONY: help setup test kill-tests soak demo demo-residual clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -26,6 +30,14 @@ setup:
 # One thread each: the tests are small, and JOBS of them run side by side.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term --cov-fail-under=95 $(ARGS)
+
+kill-tests: .venv/installed
+	OMP_NUM_THREADS=1 FAIRSEQ_EARM_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s tests/faults/test_kills.py
+
+# Of two languages, binarised; what was measured goes to outputs/soak, which must not exist.
+soak: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py run "$(DATA)" outputs/soak --minutes $(MINUTES)
+	$(BIN)/python tests/faults/soak.py report outputs/soak
 
 demo: .venv/installed
 	$(BIN)/python examples/synthetic/demo.py
