@@ -48,7 +48,7 @@ class AncestralSampler:
         starts = start_tokens(net_input, self.eos)[sources]
         forced = None if prefix_tokens is None else prefix_tokens[sources]
         with isolated(model, inputs["src_tokens"]):
-            decoding = decode(model.decoder, model.encoder, model.encoder(**inputs))
+            decoding = decode(model.decoder, model.encoder, inputs)
             decoding.select(sources)
             return self._draw_all(decoding, sources, starts, limits, forced)
 

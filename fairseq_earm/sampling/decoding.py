@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Optional
 
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.sampling.prefill import prefill
 from fairseq_earm.sampling.scoring import full_logits
+from fairseq_earm.sampling.transformer_source import read_source
 from fairseq_earm.sampling.transformer_steps import TransformerSteps
 
 logger = logging.getLogger(__name__)
@@ -54,11 +56,15 @@ class StockSteps:
             self.decoder.reorder_incremental_state_scripting(self.cache, rows)
 
 
-def decode(decoder, encoder=None, encoder_out=None):
-    """The quickest way of decoding that knows this decoder: `TransformerSteps` or `StockSteps`."""
+def decode(decoder, encoder=None, inputs: Optional[dict] = None):
+    """The quickest way of decoding that knows this decoder: `TransformerSteps` or `StockSteps`.
+
+    Args:
+        encoder, inputs: of an encoder-decoder model, and what the encoder is to be called with.
+    """
     if TransformerSteps.knows(decoder):
-        return TransformerSteps(decoder, encoder_out)
-    return StockSteps(decoder, encoder, encoder_out)
+        return TransformerSteps(decoder, None if encoder is None else read_source(encoder, inputs))
+    return StockSteps(decoder, encoder, None if encoder is None else encoder(**inputs))
 
 
 _warned = set()

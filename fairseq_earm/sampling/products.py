@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Elements of a weight from which on the order pays: below, the call itself costs more than it saves.
 LEAST = 2**17
@@ -33,6 +33,20 @@ class Product:
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def product_of(linear: nn.Linear) -> Product:
+    """The product that a linear layer stands for."""
+    return Product(linear.weight, linear.bias)
+
+
+def joined_product(linears: Sequence[nn.Linear], scales: Optional[Sequence[float]] = None) -> Product:
+    """One product in the place of several of one input, their outputs side by side, each scaled."""
+    scales = scales or [1] * len(linears)
+    weight = torch.cat([linear.weight * scale for linear, scale in zip(linears, scales)])
+    if linears[0].bias is None:
+        return Product(weight)
+    return Product(weight, torch.cat([linear.bias * scale for linear, scale in zip(linears, scales)]))
 
 
 def _worth_packing(weight: Tensor) -> bool:

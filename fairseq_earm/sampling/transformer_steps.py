@@ -1,18 +1,19 @@
 """Step-wise decoding of a plain fairseq transformer, at little more than the cost of its matrix products."""
 from __future__ import annotations
 
-from typing import List, Optional, Sequence
+from typing import Optional
 
 import torch
 from fairseq.models.transformer import TransformerDecoder, TransformerDecoderBase
-from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
 from fairseq_earm.ebm.energy import widen
+from fairseq_earm.sampling.plain_layers import is_plain_stack
 from fairseq_earm.sampling.prefill import prefill
-from fairseq_earm.sampling.products import Product
+from fairseq_earm.sampling.products import Product, joined_product, product_of
 from fairseq_earm.sampling.scoring import full_logits
+from fairseq_earm.sampling.transformer_source import Source
 
 FIRST_STEPS = 32  # that a cache has room for at first; it doubles when they are taken
 
@@ -25,16 +26,16 @@ class TransformerSteps:
 
     Args:
         decoder: a decoder that `knows` is true of; its parameters must stay as they are.
-        encoder_out: the encoder's output, for a decoder with attention to it.
+        source: what the encoder made of the source, for a decoder with attention to it.
     """
 
     dead_share = 0.0
 
-    def __init__(self, decoder, encoder_out: Optional[dict] = None):
+    def __init__(self, decoder, source: Optional[Source] = None):
         self.decoder = decoder
-        memory, bias = (None, None) if encoder_out is None else _source(encoder_out)
-        self.source_bias = bias
-        self.layers = [_Layer(layer, memory) for layer in decoder.layers]
+        padded = source is not None and bool(source.padding.any())
+        self.source_bias = source.bias(source.states.dtype) if padded else None
+        self.layers = [_Layer(layer, source) for layer in decoder.layers]
         projection = getattr(decoder, "output_projection", None)
         self.projection = Product(projection.weight, projection.bias) if type(projection) is nn.Linear else None
 
@@ -43,11 +44,8 @@ class TransformerSteps:
         """Whether each part of the decoder is fairseq's own, as it came, and none of its rarer options is in use."""
         return (
             type(decoder) in (TransformerDecoder, TransformerDecoderBase)
-            and not decoder.training
             and not decoder.cross_self_attention
-            and decoder.quant_noise is None
-            and all(map(_is_plain_layer, decoder.layers))
-            and all(map(_is_untouched, decoder.modules()))
+            and is_plain_stack(decoder, TransformerDecoderLayerBase)
         )
 
     def prefill(self, prefixes: Tensor) -> None:
@@ -93,20 +91,20 @@ class TransformerSteps:
 class _Layer:
     """One layer: (R, C) of a step to (R, C)."""
 
-    def __init__(self, layer, memory: Optional[Tensor]):
+    def __init__(self, layer, source: Optional[Source]):
         self.layer = layer
         self.heads = layer.self_attn.num_heads
         attention = layer.self_attn
-        self.own = _joined([attention.q_proj, attention.k_proj, attention.v_proj], (attention.scaling, 1, 1))
-        self.own_out = _product(layer.self_attn.out_proj)
+        self.own = joined_product([attention.q_proj, attention.k_proj, attention.v_proj], (attention.scaling, 1, 1))
+        self.own_out = product_of(layer.self_attn.out_proj)
         self.cache: Optional[Tensor] = None  # (2, R, heads, steps, C / heads): keys and values of past steps
         self.steps = 0
         self.memory: Optional[Tensor] = None  # (2, R, heads, S, C / heads): those of the source
-        if layer.encoder_attn is not None and memory is not None:
-            self.query = _joined([layer.encoder_attn.q_proj], (layer.encoder_attn.scaling,))
-            self.memory = _keys_and_values(layer.encoder_attn, memory)
-            self.memory_out = _product(layer.encoder_attn.out_proj)
-        self.inner, self.outer = _product(layer.fc1), _product(layer.fc2)
+        if layer.encoder_attn is not None and source is not None:
+            self.query = joined_product([layer.encoder_attn.q_proj], (layer.encoder_attn.scaling,))
+            self.memory = _keys_and_values(layer.encoder_attn, source)
+            self.memory_out = product_of(layer.encoder_attn.out_proj)
+        self.inner, self.outer = product_of(layer.fc1), product_of(layer.fc2)
 
     def __call__(self, x: Tensor, step: int, source_bias: Optional[Tensor]) -> Tensor:
         layer, before = self.layer, self.layer.normalize_before
@@ -179,61 +177,7 @@ def _pick(kept: Tensor, rows: Tensor, moves, steps: int) -> Tensor:
     return kept[:, : rows.numel()]
 
 
-def _source(encoder_out: dict) -> tuple:
-    """(S, B, C) encoder output, and (B, 1, S) minus infinity where it is padding, or None."""
-    [states] = encoder_out["encoder_out"]
-    masks = encoder_out["encoder_padding_mask"]
-    if len(masks) == 0 or masks[0] is None or not masks[0].any():
-        return states, None
-    bias = torch.zeros(masks[0].shape, dtype=states.dtype, device=states.device).masked_fill(masks[0], -float("inf"))
-    return states, bias.unsqueeze(1)
-
-
-def _product(linear: nn.Linear) -> Product:
-    return Product(linear.weight, linear.bias)
-
-
-def _keys_and_values(attention, memory: Tensor) -> Tensor:
-    """(2, B, heads, S, D) of the source (S, B, C)."""
-    length, batch, width = memory.shape
-    found = _joined([attention.k_proj, attention.v_proj])(memory.reshape(-1, width))
-    return found.view(length, batch, 2, attention.num_heads, -1).permute(2, 1, 3, 0, 4).contiguous()
-
-
-def _joined(parts: List[nn.Linear], scales: Sequence[float] = (1, 1)) -> Product:
-    """One product in the place of several, each scaled."""
-    weight = torch.cat([part.weight * scale for part, scale in zip(parts, scales)])
-    if parts[0].bias is None:
-        return Product(weight)
-    return Product(weight, torch.cat([part.bias * scale for part, scale in zip(parts, scales)]))
-
-
-def _is_plain_layer(layer) -> bool:
-    if type(layer) is not TransformerDecoderLayerBase:
-        return False
-    attentions = [attention for attention in (layer.self_attn, layer.encoder_attn) if attention is not None]
-    return (
-        all(map(_is_plain_attention, attentions))
-        and type(layer.fc1) is type(layer.fc2) is nn.Linear
-        and all(getattr(layer, name, None) is None for name in ("c_attn", "attn_ln", "ffn_layernorm", "w_resid"))
-    )
-
-
-def _is_plain_attention(attention) -> bool:
-    return (
-        type(attention) is MultiheadAttention
-        and attention.bias_k is None
-        and not attention.add_zero_attn
-        and not getattr(attention, "use_xformers", False)
-        and all(type(getattr(attention, name)) is nn.Linear for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
-    )
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """No hooks, no other forward than its class's, no dropout that stays on."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in vars(module)
-        or getattr(module, "apply_during_inference", False)
-    )
+def _keys_and_values(attention, source: Source) -> Tensor:
+    """(2, B, heads, S, D) of the source."""
+    found = joined_product([attention.k_proj, attention.v_proj])(source.states)
+    return source.spread(found.unflatten(1, (2, attention.num_heads, -1))).permute(2, 0, 3, 1, 4).contiguous()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fairseq_earm.sampling.decoding import StockSteps
+from fairseq_earm.sampling.transformer_source import is_plain, read_source
 from fairseq_earm.sampling.transformer_steps import FIRST_STEPS, TransformerSteps
 from tests.tiny_language import ADAPTIVE, TIED, tiny_language_model
 from tests.tiny_model import tiny_batch, tiny_model
@@ -22,11 +23,14 @@ TRANSLATION = {
 LANGUAGE = {"as it comes": {}, "learned positions": {"decoder_learned_pos": True}, "adaptive": {"words": 3, **TIED}}
 
 
-def both(model, encoder_out=None):
+def both(model, inputs=None):
     """The same model decoded in both ways."""
-    encoder = getattr(model, "encoder", None)
     assert TransformerSteps.knows(model.decoder)
-    return TransformerSteps(model.decoder, encoder_out), StockSteps(model.decoder, encoder, encoder_out)
+    if inputs is None:
+        return TransformerSteps(model.decoder), StockSteps(model.decoder)
+    assert is_plain(model.encoder)
+    source = read_source(model.encoder, inputs)
+    return TransformerSteps(model.decoder, source), StockSteps(model.decoder, model.encoder, model.encoder(**inputs))
 
 
 def step(ways, read):
@@ -49,7 +53,7 @@ def select(ways, read, rows):
 def test_translation_logits_are_fairseqs(settings, lengths):
     torch.manual_seed(3)
     model = tiny_model(**settings)
-    ways = both(model, model.encoder(**tiny_batch(model, lengths)))
+    ways = both(model, tiny_batch(model, lengths))
     read = select(ways, torch.full((3, 1), model.decoder.dictionary.eos()), [0, 0, 1, 1, 1, 2])
     for rows in ([0, 1, 2, 3, 4, 5], [5, 1, 4, 3], [0, 1, 2], [2, 1]):
         read = select(ways, step(ways, step(ways, read)), rows)
@@ -79,7 +83,7 @@ def test_language_model_logits_are_fairseqs_after_a_prefix(settings, given):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_other_precisions(dtype, tolerance):
     model = tiny_model(words=9).to(dtype)
-    ways = both(model, model.encoder(**tiny_batch(model, (3, 2, 4))))
+    ways = both(model, tiny_batch(model, (3, 2, 4)))
     read = torch.randint(4, 9, (3, 1))
     for _ in range(5):
         quick, plain = (way.next_logits(read) for way in ways)
@@ -92,12 +96,28 @@ def test_other_precisions(dtype, tolerance):
 def test_autocast_is_as_it_is_for_fairseq():
     model = tiny_model(words=9).float()
     with torch.autocast("cpu", torch.bfloat16):
-        ways = both(model, model.encoder(**tiny_batch(model, (3, 2, 4))))
+        ways = both(model, tiny_batch(model, (3, 2, 4)))
         read = torch.randint(4, 9, (3, 1))
         for _ in range(4):
             quick, plain = (way.next_logits(read) for way in ways)
             assert torch.allclose(quick, plain, rtol=0.1, atol=0.1)
             read = torch.cat([read, torch.randint(4, 9, (3, 1))], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(3, 2, 4), (3, 3, 3)], ids=["padded", "no padding"])
+@pytest.mark.parametrize("name", ["as it comes", "normalised before", "normalised embedding"])
+def test_the_source_is_read_as_fairseq_reads_it(name, lengths):
+    model = tiny_model(words=9, **TRANSLATION[name])
+    inputs = tiny_batch(model, lengths)
+    output = model.encoder(**inputs)
+    source = read_source(model.encoder, inputs)
+    assert torch.equal(source.padding, output["encoder_padding_mask"][0])
+    assert torch.allclose(source.spread(source.states)[~source.padding], output["encoder_out"][0].transpose(0, 1)[~source.padding])
+    hook = model.encoder.register_forward_hook(lambda *_: None)
+    assert not is_plain(model.encoder)
+    assert torch.allclose(read_source(model.encoder, inputs).states, source.states)
+    hook.remove()
 
 
 def test_what_is_not_fairseqs_own_is_decoded_by_fairseq():

@@ -1,0 +1,89 @@
+"""The source as a plain fairseq transformer reads it, without its padding."""
+from __future__ import annotations
+
+from typing import NamedTuple, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairseq.models.transformer import TransformerEncoder, TransformerEncoderBase
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from torch import Tensor
+
+from fairseq_earm.sampling.plain_layers import is_plain_stack
+from fairseq_earm.sampling.products import joined_product, product_of
+
+
+class Source(NamedTuple):
+    """A batch of B sources of up to S tokens, N of them in all, padding left out.
+
+    Attributes:
+        states: (N, C) the encoder's output.
+        places: (N,) where each of them stands among the B · S.
+        padding: (B, S) True where there is none.
+    """
+
+    states: Tensor
+    places: Tensor
+    padding: Tensor
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(N, ...) values in their places: (B, S, ...), zero at padding."""
+        shape = (*self.padding.shape, *values.shape[1:])
+        if self.places.numel() == self.padding.numel():
+            return values.reshape(shape)
+        return values.new_zeros(self.padding.numel(), *values.shape[1:]).index_copy(0, self.places, values).view(shape)
+
+    def bias(self, dtype) -> Tensor:
+        """(B, 1, S) what attention adds to its scores: minus infinity at padding."""
+        zeros = torch.zeros(self.padding.shape, dtype=dtype, device=self.padding.device)
+        return zeros.masked_fill(self.padding, -float("inf")).unsqueeze(1)
+
+
+def read_source(encoder, inputs: dict) -> Source:
+    """What an encoder makes of `inputs`, its arguments; in its own way unless it `is_plain`."""
+    if set(inputs) <= {"src_tokens", "src_lengths"} and is_plain(encoder):
+        return _read(encoder, inputs["src_tokens"])
+    output = encoder(**inputs)
+    [states] = output["encoder_out"]
+    masks = output["encoder_padding_mask"]
+    padding = masks[0] if masks else torch.zeros(states.shape[1::-1], dtype=torch.bool, device=states.device)
+    places = (~padding).flatten().nonzero().squeeze(1)
+    return Source(states.transpose(0, 1).flatten(0, 1)[places], places, padding)
+
+
+def is_plain(encoder) -> bool:
+    """Whether all of an encoder is fairseq's `TransformerEncoder`, in eval mode."""
+    return (
+        type(encoder) in (TransformerEncoder, TransformerEncoderBase)
+        and hasattr(F, "scaled_dot_product_attention")
+        and is_plain_stack(encoder, TransformerEncoderLayerBase)
+    )
+
+
+def _read(encoder, src_tokens: Tensor) -> Source:
+    padding = src_tokens.eq(encoder.padding_idx)
+    places = (~padding).flatten().nonzero().squeeze(1)
+    embedded, _ = encoder.forward_embedding(src_tokens, None)
+    source = Source(embedded.flatten(0, 1)[places], places, padding)
+    for layer in encoder.layers:
+        source = source._replace(states=_layer(layer, source))
+    return source if encoder.layer_norm is None else source._replace(states=encoder.layer_norm(source.states))
+
+
+def _layer(layer, source: Source) -> Tensor:
+    """(N, C) one layer's output."""
+    before, residual = layer.normalize_before, source.states
+    norm = layer.self_attn_layer_norm
+    found = residual + _attend(layer.self_attn, source._replace(states=norm(residual) if before else residual))
+    residual = found if before else norm(found)
+    norm, inner, outer = layer.final_layer_norm, product_of(layer.fc1), product_of(layer.fc2)
+    found = residual + outer(layer.activation_fn(inner(norm(residual) if before else residual)))
+    return found if before else norm(found)
+
+
+def _attend(attention, source: Source) -> Tensor:
+    """(N, C) each token's attention to its own sentence."""
+    found = joined_product([attention.q_proj, attention.k_proj, attention.v_proj])(source.states)
+    parts: Tuple[Tensor, ...] = source.spread(found.unflatten(1, (3, attention.num_heads, -1))).permute(2, 0, 3, 1, 4).unbind()
+    mixed = F.scaled_dot_product_attention(*parts, attn_mask=source.bias(found.dtype).unsqueeze(1))  # (B, heads, S, D)
+    return product_of(attention.out_proj)(mixed.transpose(1, 2).flatten(2).flatten(0, 1)[source.places])
