@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Creates .venv and installs the pinned versions: install.sh [PYTHON]. Running it again only fills in what is missing.
+# VENV=FOLDER takes another folder than .venv.
 set -euo pipefail
 cd "$(dirname "$0")"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+venv=${VENV:-.venv}
 
 die() {
   echo "install.sh: $*" >&2
@@ -21,7 +23,7 @@ python=${1:-}
 if [ -n "$python" ]; then
   supported "$python" || die "$python is not a Python from 3.9 to 3.12 that runs here."
 else
-  for candidate in .venv/bin/python python3.11 python3.12 python3; do
+  for candidate in "$venv/bin/python" python3.11 python3.12 python3; do
     if supported "$candidate"; then python=$candidate && break; fi
   done
   [ -n "$python" ] || die "no Python from 3.9 to 3.12 found; name one: make setup PYTHON=/path/to/python3.11"
@@ -33,11 +35,11 @@ case $(version "$python") in
 esac
 fairseq=$(grep '^fairseq' "$constraints")
 
-if [ "$(version .venv/bin/python || true)" != "$(version "$python")" ]; then
-  echo "Creating .venv with Python $(version "$python")"
-  "$python" -m venv --clear .venv || die "$python cannot create a virtual environment (on Debian: apt install python3-venv)."
+if [ "$(version "$venv/bin/python" || true)" != "$(version "$python")" ]; then
+  echo "Creating $venv with Python $(version "$python")"
+  "$python" -m venv --clear "$venv" || die "$python cannot create a virtual environment (on Debian: apt install python3-venv)."
 fi
-pip=(.venv/bin/python -m pip)
+pip=("$venv/bin/python" -m pip)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -72,5 +74,5 @@ STANDIN
 fi
 
 "${pip[@]}" install -q --no-deps --no-build-isolation -e .
-touch .venv/installed
-echo "Ready: $(.venv/bin/python --version), $fairseq, in .venv"
+touch "$venv/installed"
+echo "Ready: $("$venv/bin/python" --version), $fairseq, in $venv"

@@ -85,6 +85,8 @@ def sample(pid: int, log: Path) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     """Train for so many minutes; one line of JSON for each sample, written as it is taken."""
+    if not list(args.data.glob("dict.*.txt")):
+        raise SystemExit(f"{args.data}: give a folder that fairseq-preprocess wrote about two languages")
     args.folder.mkdir(parents=True)
     words = [sys.executable, "-c", "from fairseq_cli.train import cli_main; cli_main()", str(args.data)]
     words += ["--user-dir", str(REPOSITORY / "fairseq_earm"), "--save-dir", str(args.folder / "checkpoints"), *MODEL, *TRAINING]
@@ -126,29 +128,37 @@ def series(minutes: np.ndarray, values: np.ndarray, window: float) -> Series:
 def report(args: argparse.Namespace) -> bool:
     """Print the figures, draw them where matplotlib is installed; whether nothing leaks."""
     samples = [json.loads(line) for line in (args.folder / "samples.jsonl").read_text().splitlines() if line.endswith("}")]
-    settled = [line for line in samples if line["seconds"] >= 60 * args.after]
+    minutes = running_minutes(samples)
+    settled = [line for line, minute in zip(samples, minutes) if minute >= args.after]
     if len(settled) < 2:
         raise SystemExit(f"{args.folder}: nothing measured after minute {args.after:g} yet")
-    minutes = np.array([line["seconds"] for line in settled]) / 60
+    stopped = settled[-1]["seconds"] / 60 - minutes[-1]
     print(
-        f"{minutes[-1]:.0f} minutes, {settled[-1]['updates']:,} updates, {len(samples):,} samples; peaks of windows of "
-        f"{args.window:g} minutes after minute {args.after:g}:"
+        f"{minutes[-1]:.0f} minutes" + (f" (and {stopped:.0f} in which the machine stood still)" if stopped >= 1 else "")
+        + f", {settled[-1]['updates']:,} updates, {len(samples):,} samples; peaks of windows of {args.window:g} minutes "
+        f"after minute {args.after:g}:"
     )
     print(f"{'':<18} {'first':>8} {'last':>8} {'growth':>9} {'trend':>9}")
     sound = True
     for name, unit in (("rss", MEGABYTE), ("pss", MEGABYTE), ("files", 1), ("threads", 1), ("processes", 1)):
-        found = series(minutes, np.array([line[name] for line in settled]) / unit, args.window)
+        found = series(minutes[-len(settled):], np.array([line[name] for line in settled]) / unit, args.window)
         limit = args.limit if unit > 1 else 0
         leaks = min(found.growth, found.trend) > limit
         sound = sound and not leaks
         label = f"{name}, MiB" if unit > 1 else name
         row = f"{label:<18} {found.first:8.1f} {found.last:8.1f} {found.growth:+8.2f}% {found.trend:+8.2f}%"
         print(row + (f"  LEAKS (limit {limit:g}%)" if leaks else ""))
-    _plot(samples, args.folder / "soak.png")
+    _plot(samples, minutes, args.folder / "soak.png")
     return sound
 
 
-def _plot(samples: Sequence[dict], path: Path) -> None:
+def running_minutes(samples: Sequence[dict]) -> np.ndarray:
+    """(S,) minutes at which samples were taken, without those in which nothing was: then the machine, or all on it, stood still."""
+    gaps = np.diff([line["seconds"] for line in samples], prepend=0)
+    return np.minimum(gaps, 3 * np.median(gaps)).cumsum() / 60 if len(gaps) else gaps
+
+
+def _plot(samples: Sequence[dict], minutes: np.ndarray, path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -156,7 +166,6 @@ def _plot(samples: Sequence[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    minutes = [line["seconds"] / 60 for line in samples]
     figure, (memory, counts) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 5), constrained_layout=True)
     for name, label in (("rss", "resident, training process"), ("pss", "proportional, with its children")):
         memory.plot(minutes, [line[name] / MEGABYTE for line in samples], label=label, linewidth=0.8)
