@@ -11,27 +11,31 @@ import os
 import sys
 from typing import Callable, Tuple
 
+from fairseq_earm.compat_optimizer import fitting_state
 from fairseq_earm.compat_versions import check_versions, parse, warn_once
 from fairseq_earm.errors import UsageError
 
 
 def apply() -> None:
     """Refuse what cannot work, mend what can."""
-    from fairseq_earm.compat_saving import write_checkpoints_whole  # which needs `_wrap`
-
     check_versions()
+    from fairseq_earm.compat_loading import load_without_running  # numpy, and `_wrap`
+    from fairseq_earm.compat_saving import write_checkpoints_whole
+
     restore_numpy_names()
     read_numpy_2_arrays()
-    allow_checkpoint_types()
+    load_without_running()
     trust_broadcast_between_workers()
     avoid_encoder_fast_path()
     drop_fast_path_weights()
+    renumber_optimizer_states()
     report_left_out_sentences()
     refuse_to_spawn_nothing()
     notice_torchrun()
     wrap_models_on_cpu()
     write_checkpoints_whole()
     train_adaptive_softmax_as_a_whole()
+    take_paths_with_colons()
 
 
 def restore_numpy_names() -> None:
@@ -56,30 +60,6 @@ def read_numpy_2_arrays() -> None:
 
     if parse(np.__version__) < (1, 26):
         sys.modules.setdefault("numpy._core.multiarray", np.core.multiarray)
-
-
-def allow_checkpoint_types() -> None:
-    """torch ≥ 2.6 loads only tensors and plain containers unless told otherwise.
-
-    fairseq's checkpoints hold the model's arguments as a Namespace, and the counts of `--eval-bleu` as numpy arrays;
-    checkpoints written with numpy 1 know the rebuilding function by its former name.
-    """
-    import numpy as np
-    import torch
-
-    if parse(torch.__version__) < (2, 6):
-        return
-    rebuild = np.zeros(1).__reduce__()[0]
-    torch.serialization.add_safe_globals(
-        [
-            argparse.Namespace,
-            np.ndarray,
-            np.dtype,
-            type(np.dtype("int64")),
-            (rebuild, "numpy.core.multiarray._reconstruct"),
-            (rebuild, "numpy._core.multiarray._reconstruct"),
-        ]
-    )
 
 
 def computes_half_on_cpu() -> bool:
@@ -161,6 +141,25 @@ def drop_fast_path_weights() -> None:
         return upgrade
 
     _wrap(layer, "upgrade_state_dict_named", replace)
+
+
+def renumber_optimizer_states() -> None:
+    """A run goes on under the other fairseq with its optimizer's moments, see `compat_optimizer`."""
+    from fairseq.trainer import Trainer
+
+    layer, has_fast_path = _encoder_layer()
+
+    def replace(original):
+        def build(self):
+            original(self)
+            optimizer, load = self._optimizer, self._optimizer.load_state_dict
+            optimizer.load_state_dict = lambda state, *args, **kwargs: load(
+                fitting_state(state, optimizer, self.model, layer, has_fast_path), *args, **kwargs
+            )
+
+        return build
+
+    _wrap(Trainer, "_build_optimizer", replace)
 
 
 def report_left_out_sentences() -> None:
@@ -276,6 +275,19 @@ def train_adaptive_softmax_as_a_whole() -> None:
         return get_log_prob
 
     _wrap(AdaptiveSoftmax, "get_log_prob", replace)
+
+
+def take_paths_with_colons() -> None:
+    """fairseq takes a colon for the end of a path, of data and of checkpoints, though there is a file or folder of the whole name."""
+    from fairseq import utils
+
+    def replace(original):
+        def split_paths(paths, *args, **kwargs):
+            return [paths] if os.path.exists(paths) else original(paths, *args, **kwargs)
+
+        return split_paths
+
+    _wrap(utils, "split_paths", replace)
 
 
 def _wrap(owner, name: str, replace: Callable) -> None:

@@ -11,7 +11,7 @@ from typing import Iterator, Optional
 import torch
 from fairseq.data import Dictionary
 
-from fairseq_earm.errors import UsageError
+from fairseq_earm.errors import UsageError, reason
 from fairseq_earm.evaluation.whole_file import whole_file
 
 
@@ -29,12 +29,15 @@ def text_dictionary(data: str) -> Dictionary:
     """The dictionary of a folder with text of one language.
 
     Raises:
-        UsageError: the folder has none.
+        UsageError: the folder has none, or a damaged one.
     """
     path = os.path.join(data, "dict.txt")
     if not os.path.isfile(path):
         raise UsageError(f"{data} has no dict.txt: give a folder that fairseq-preprocess --only-source wrote")
-    return Dictionary.load(path)
+    try:
+        return Dictionary.load(path)
+    except Exception as error:  # fairseq tells a line's faults by many kinds of errors
+        raise UsageError(f"{path} is no dictionary of fairseq ({reason(error)}): preprocess the text again") from None
 
 
 def text_task(dictionary: Dictionary, data: str) -> argparse.Namespace:
@@ -101,6 +104,6 @@ def writing(flag: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        why = error.strerror or str(error)
         remedy = "" if isinstance(error, BlockingIOError) else "; make room or leave to write, or give another"
-        raise UsageError(f"{flag} {path} cannot be written: {reason}{remedy}") from None
+        raise UsageError(f"{flag} {path} cannot be written: {why}{remedy}") from None

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
-from itertools import chain
 from typing import Dict, List, NamedTuple
 
 import torch
@@ -105,7 +106,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     for name, least in (("max_sequences", 1), ("energy_candidates", 2), ("perplexity_sequences", 1), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
-    args.samples = sorted({*chain(*args.samples or [DEFAULT_SAMPLES])})
+    args.samples = sorted({*itertools.chain(*args.samples or [DEFAULT_SAMPLES])})
     if args.samples[0] < 2:
         raise UsageError(f"--samples {args.samples[0]}: the upper estimate leaves one out, so give 2 or more")
     try:
@@ -125,14 +126,31 @@ def _read_perplexity(args: argparse.Namespace) -> dict:
         found = {"base": report["base"], "joint": report["joint"], **{k: report[k] for k in ("steps",) if k in report}}
         settings = report["settings"]
         measured = {"--path": (args.path, settings["base"]), "--energy-path": (args.energy_path, settings["energy"])}
+        _check_drawn(found)
     except OSError as error:
         raise UsageError(f"--perplexity {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"--perplexity {path} is not what fairseq-earm-perplexity --energy-path ... --json wrote") from None
     for flag, (model, digest) in measured.items():
         if file_hash(model, flag=flag) != digest:
             raise UsageError(f"--perplexity {path} was measured with another checkpoint than {flag} {model}: measure this one")
     return found
+
+
+def _check_drawn(found: dict) -> None:
+    """Look at every number that goes into the figures, before hours of work.
+
+    Raises:
+        ValueError, or others: something is none.
+    """
+    rows = [[found["base"]["perplexity"]]]
+    rows += [[row[name] for name in ("samples", "perplexity_lower", "perplexity_upper")] for row in found["joint"]]
+    rows += [[row[name] for name in ("step", "base", "lower", "upper") if name in row] for row in found.get("steps", [])]
+    for number in itertools.chain(*rows):
+        if type(number) not in (int, float) or not (0 < number < 1e300 or number == math.inf):
+            raise ValueError("not a number that a perplexity can be")
+    if len({frozenset(row) for row in found.get("steps", [])}) > 1:
+        raise ValueError("steps of several kinds")
 
 
 def _draw(args: argparse.Namespace, measured: Measured, index: int) -> Drawn:

@@ -6,7 +6,7 @@ import os
 from typing import Optional
 
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 
 from fairseq_earm.compat import computes_half_on_cpu
 from fairseq_earm.errors import UsageError, reason
@@ -86,7 +86,7 @@ def _data(path: str, task) -> dict:
     """The checkpoint's own data folder where it still has a dictionary to compare; else the task's."""
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
     cfg = state["cfg"]["task"] if state.get("cfg") is not None else state.get("args")
-    own = str(getattr(cfg, "data", "") or "").split(os.pathsep)[0]
+    own = utils.split_paths(str(getattr(cfg, "data", "") or ""))[0]
     if os.path.isdir(own) and any(name.startswith("dict.") for name in os.listdir(own)):
         return {}
     settings = getattr(task, "cfg", None) or task.args

@@ -93,7 +93,7 @@ def _read_cifar10_batch(path: str) -> np.ndarray:
         data = records.reshape(-1, values + 1)[:, 1:] if records.size % (values + 1) == 0 else None
     else:
         data = _unpickle(content)
-    if len(content) > LARGEST_BATCH or data is None or data.ndim != 2 or data.shape[1] != values:
+    if len(content) > LARGEST_BATCH or data is None or data.ndim != 2 or data.shape[1] != values or not data.size:
         raise UsageError(f"{path}: no batch of CIFAR-10; get it again")
     return data
 
