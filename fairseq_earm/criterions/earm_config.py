@@ -38,7 +38,7 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
     )
     earm_negatives: int = field(default=1, metadata={"help": "sequences sampled from the model per source sentence"})
     earm_normalizer: ChoiceEnum(NORMALIZERS) = field(
-        default="batch", metadata={"help": "importance weights are normalised over the batch or over each source's negatives"}
+        default="batch", metadata={"help": "importance weights are normalised over the batch of all workers or over each source's negatives"}
     )
     earm_normalizer_ema: float = field(
         default=0.0, metadata={"help": "weight of the past in a moving normaliser per step; 0: this batch only"}
