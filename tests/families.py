@@ -90,7 +90,9 @@ def language_model(model=None, prefix_length: int = 1, rounded: bool = True) -> 
     data = [tuple(row[prefix_length + 1 :][:length]) for row in blocks.tolist()]
     return Family(
         model.train(), _batch(net_input, blocks[:, 1:].contiguous(), pad),
-        lambda cfg: LanguageModelFamily(model.decoder.dictionary, length, prefix_length=prefix_length, loss_rows=cfg.earm_loss_rows),
+        lambda cfg: LanguageModelFamily(
+            model.decoder.dictionary, length, prefix_length=prefix_length, loss_rows=cfg.earm_loss_rows, bf16=cfg.earm_sampling_bf16,
+        ),
         model.decoder.dictionary, Network(logits, tokens, length, 3), data, parts,
     )
 

@@ -10,7 +10,9 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from scipy.stats import chi2
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling import products
 from fairseq_earm.sampling.heads import check_projection
+from fairseq_earm.sampling.products import bf16_helps
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import Predictions, scheduled_sampling
 from tests.criterions.stubs import Task
@@ -189,3 +191,37 @@ def test_under_scheduled_sampling_energies_stay_those_of_the_data(name, control)
         scheduled, after = energies_part()
     assert before != after
     assert (scheduled - teacher_forced).norm() < 1e-5 * teacher_forced.norm()
+
+
+@pytest.mark.skipif(not bf16_helps(torch.device("cpu")), reason="this processor does not multiply in bfloat16")
+@pytest.mark.parametrize("name", ["encoder-decoder", "language model"])
+def test_negatives_in_bfloat16_come_from_nearly_the_same_distribution(name, monkeypatch):
+    family = FAMILIES[name](rounded=False)
+    family.model.float()
+    criterions = [family.criterion(earm_negatives=200, earm_sampling_bf16=bf16) for bf16 in (False, True)]
+    monkeypatch.setattr(products, "LEAST", 1)
+    drawn = []
+    for criterion in criterions:
+        criterion.family.check(family.model)
+        torch.manual_seed(1)
+        samples = criterion.family.draw(family.model, family.sample, 200)
+        assert criterion.family.sampler.bf16 is criterion.cfg.earm_sampling_bf16
+        drawn.append(samples)
+    exact, quick = (
+        {(int(source), *row[:length].tolist()): log_q.item() for source, row, length, log_q in zip(
+            samples.sources, samples.tokens, samples.lengths, samples.log_q.sum(1)
+        )} for samples in drawn
+    )
+    common = [(exact[row], quick[row]) for row in exact if row in quick]
+    assert len(common) > 1 and any(a != b for a, b in common)
+    assert max(abs(a - b) for a, b in common) < 0.3
+
+
+def test_bfloat16_is_refused_where_nothing_would_come_of_it():
+    family = FAMILIES["encoder-decoder"](rounded=False)
+    criterion = family.criterion(earm_sampling_bf16=True)
+    family.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: None)
+    with pytest.raises(UsageError, match="--earm-sampling-bf16: TransformerDecoderBase, as it is set up here"):
+        criterion.family.check(family.model)
+    with pytest.raises(UsageError, match="earm-sampling-bf16"):
+        FAMILIES["pixel_cnn"]().criterion(earm_sampling_bf16=True)

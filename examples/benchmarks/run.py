@@ -22,6 +22,7 @@ import torch  # noqa: E402
 
 import fairseq_earm  # noqa: E402, F401  (mends the installed versions)
 
+import bf16  # noqa: E402
 import growth  # noqa: E402
 import loss_head  # noqa: E402
 import offline  # noqa: E402
@@ -31,7 +32,7 @@ import update  # noqa: E402
 from tables import DTYPES, Setting, show  # noqa: E402
 from timing import machine  # noqa: E402
 
-MODULES = (update, sampler, reranking, offline, growth, loss_head)
+MODULES = (update, sampler, bf16, reranking, offline, growth, loss_head)
 TABLES = {module.__name__: module.TABLE for module in MODULES}
 
 

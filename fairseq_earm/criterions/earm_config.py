@@ -64,6 +64,13 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
     earm_sampling_temperature: float = field(
         default=1.0, metadata={"help": "--earm-sampler generator: temperature of sampling"}
     )
+    earm_sampling_bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "draw negatives by matrix products in bfloat16, where the processor has them: quicker, from nearly the same "
+            "distribution; the logits themselves, the loss and its gradient stay as they are"
+        },
+    )
     earm_control: bool = field(
         default=False,
         metadata={"help": "the control row: E-ARM's likelihood terms without energy or negatives; nothing is sampled"},
@@ -153,6 +160,11 @@ def _problems(cfg):
             truncates and cfg.earm_sampler != "generator",
             "--earm-sampler",
             "top-k, top-p and temperature need --earm-sampler generator; the ancestral sampler draws from the softmax itself",
+        ),
+        (
+            cfg.earm_sampling_bf16 and cfg.earm_sampler != "ancestral",
+            "--earm-sampling-bf16",
+            "--earm-sampler generator draws in the model's own precision; use ancestral, or leave the flag out",
         ),
         (not 0 < cfg.earm_sampling_temperature < math.inf, "--earm-sampling-temperature", "give a number above 0"),
         (cfg.earm_sampling_topk < -1 or cfg.earm_sampling_topk == 0, "--earm-sampling-topk", "give at least 1, or -1 for all"),

@@ -7,7 +7,7 @@ def build_sampler(cfg, dictionary):
     """The sampler that `earm_cross_entropy`'s flags ask for."""
     lengths = {"max_len_a": cfg.earm_max_len_a, "max_len_b": cfg.earm_max_len_b}
     if cfg.earm_sampler == "ancestral":
-        return AncestralSampler(dictionary, **lengths)
+        return AncestralSampler(dictionary, bf16=cfg.earm_sampling_bf16, **lengths)
     return GeneratorSampler(
         dictionary,
         topk=cfg.earm_sampling_topk,

@@ -25,13 +25,15 @@ class AncestralSampler:
         dictionary: the target dictionary.
         max_len_a, max_len_b: a sample has at most a·(source length) + b tokens, end-of-sentence included, and never
             more than the decoder has positions for (one is kept for the step after the last token).
+        bf16: as for `decode`; log q is then that of what was drawn from.
     """
 
-    def __init__(self, dictionary, *, max_len_a: float = 1.5, max_len_b: int = 10):
+    def __init__(self, dictionary, *, max_len_a: float = 1.5, max_len_b: int = 10, bf16: bool = False):
         self.pad = dictionary.pad()
         self.eos = dictionary.eos()
         self.max_len_a = max_len_a
         self.max_len_b = max_len_b
+        self.bf16 = bf16
 
     def __call__(self, model, net_input: dict, negatives: int = 1, prefix_tokens: Optional[Tensor] = None) -> Samples:
         """Draw `negatives` sequences for each source sentence of a batch.
@@ -48,7 +50,7 @@ class AncestralSampler:
         starts = start_tokens(net_input, self.eos)[sources]
         forced = None if prefix_tokens is None else prefix_tokens[sources]
         with isolated(model, inputs["src_tokens"]):
-            decoding = decode(model.decoder, model.encoder, inputs)
+            decoding = decode(model.decoder, model.encoder, inputs, bf16=self.bf16)
             decoding.select(sources)
             return self._draw_all(decoding, sources, starts, limits, forced)
 

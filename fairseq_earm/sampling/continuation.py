@@ -27,15 +27,19 @@ class ContinuationSampler:
         length: tokens of a continuation.
         temperature: logits are divided by it.
         topk, topp: sample among the k likeliest tokens, or the smallest set with probability p; −1 for all.
+        bf16: as for `decode`.
     """
 
-    def __init__(self, dictionary, length: int, *, temperature: float = 1.0, topk: int = -1, topp: float = -1.0):
+    def __init__(
+        self, dictionary, length: int, *, temperature: float = 1.0, topk: int = -1, topp: float = -1.0, bf16: bool = False,
+    ):
         self.pad = dictionary.pad()
         self.eos = dictionary.eos()
         self.length = length
         self.temperature = temperature
         self.topk = topk
         self.topp = topp
+        self.bf16 = bf16
 
     @torch.no_grad()
     def __call__(
@@ -73,7 +77,7 @@ class ContinuationSampler:
         """
         length = self.length if length is None else length
         sources = torch.arange(read.size(0), device=read.device).repeat_interleave(samples)
-        decoding = decode(model.decoder)
+        decoding = decode(model.decoder, bf16=self.bf16)
         decoding.prefill(read[:, :-1])
         logits = decoding.next_logits(read)[sources]
         decoding.select(sources)

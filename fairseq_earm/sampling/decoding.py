@@ -8,7 +8,10 @@ from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
 from fairseq_earm.ebm.energy import widen
+from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.isolation import on_its_own
 from fairseq_earm.sampling.prefill import prefill
+from fairseq_earm.sampling.products import Products, bf16_helps
 from fairseq_earm.sampling.scoring import full_logits
 from fairseq_earm.sampling.transformer_source import read_source
 from fairseq_earm.sampling.transformer_steps import TransformerSteps
@@ -56,15 +59,35 @@ class StockSteps:
             self.decoder.reorder_incremental_state_scripting(self.cache, rows)
 
 
-def decode(decoder, encoder=None, inputs: Optional[dict] = None):
+def decode(decoder, encoder=None, inputs: Optional[dict] = None, *, bf16: bool = False):
     """The quickest way of decoding that knows this decoder: `TransformerSteps` or `StockSteps`.
 
     Args:
         encoder, inputs: of an encoder-decoder model, and what the encoder is to be called with.
+        bf16: have `TransformerSteps` multiply in bfloat16, but for the logits.
     """
     if TransformerSteps.knows(decoder):
-        return TransformerSteps(decoder, None if encoder is None else read_source(encoder, inputs))
+        products = Products(bf16)
+        return TransformerSteps(decoder, None if encoder is None else read_source(encoder, inputs, products), products)
     return StockSteps(decoder, encoder, None if encoder is None else encoder(**inputs))
+
+
+def check_bf16(model) -> None:
+    """Refuse --earm-sampling-bf16 where it would change nothing.
+
+    Raises:
+        UsageError: a decoder that decodes in its own way, or a device without bfloat16.
+    """
+    decoder = model.decoder
+    with on_its_own(model):
+        if not TransformerSteps.knows(decoder):
+            raise UsageError(
+                f"--earm-sampling-bf16: {type(decoder).__name__}, as it is set up here, is decoded by itself in its own precision; "
+                "leave the flag out"
+            )
+    device = next(decoder.parameters()).device
+    if not bf16_helps(device):
+        raise UsageError(f"--earm-sampling-bf16: this machine's {device.type} does not multiply in bfloat16; leave the flag out")
 
 
 _warned = set()

@@ -30,6 +30,7 @@ class EncoderDecoderFamily(ModelFamily):
         self.given = max(cfg.ignore_prefix_size, 0)
         self.post = cfg.earm_energy_steps == "post"
         self.loss_rows = cfg.earm_loss_rows
+        self.bf16 = cfg.earm_sampling_bf16
         self.sampler = build_sampler(cfg, task.target_dictionary)
 
     def check(self, model) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple, Optional
 from torch import Tensor
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.decoding import check_bf16
 from fairseq_earm.sampling.heads import Head, LogitHead, ProjectedHead, check_projection
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import teacher_forced
@@ -33,15 +34,19 @@ class ModelFamily:
     Attributes:
         without_effect: those of the criterion's flags, by their names in `cfg`, that mean nothing for this kind of model.
         loss_rows: steps whose logits are held at once; 0 for all of them.
+        bf16: whether negatives are drawn by products in bfloat16.
     """
 
     without_effect: tuple = ()
     loss_rows: int = 0
+    bf16: bool = False
 
     def check(self, model) -> None:
         """Refuse, with a UsageError, a model that E-ARM cannot be computed for."""
         if self.loss_rows:
             check_projection(model)
+        if self.bf16:
+            check_bf16(model)
 
     def draw(self, model, sample: dict, negatives: int) -> Samples:
         """Draw `negatives` sequences from the model for each row of a batch, leaving no trace in the model."""

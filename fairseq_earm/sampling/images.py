@@ -48,7 +48,7 @@ class ImageFamily(ModelFamily):
     """
 
     # All images are of one size, and a value has few levels.
-    without_effect = ("earm_max_len_a", "earm_max_len_b", "earm_loss_rows")
+    without_effect = ("earm_max_len_a", "earm_max_len_b", "earm_loss_rows", "earm_sampling_bf16")
 
     def __init__(self, cfg):
         problems = (

@@ -27,19 +27,23 @@ class LanguageModelFamily(ModelFamily):
         prefix_length: tokens of the block that come before.
         sentences: True where each row is one sentence.
         loss_rows: steps whose logits are held at once; 0 for all of them.
+        bf16: draw by products in bfloat16.
     Raises:
         UsageError: no end-of-sentence in the dictionary.
     """
 
     without_effect = ("earm_max_len_a", "earm_max_len_b")
 
-    def __init__(self, dictionary, length: int, *, prefix_length: int = 0, sentences: bool = False, loss_rows: int = 0):
+    def __init__(
+        self, dictionary, length: int, *, prefix_length: int = 0, sentences: bool = False, loss_rows: int = 0, bf16: bool = False,
+    ):
         self.pad = dictionary.pad()
         self.eos = end_of_sentence(dictionary)
-        self.sampler = ContinuationSampler(dictionary, length)
+        self.sampler = ContinuationSampler(dictionary, length, bf16=bf16)
         self.prefix_length = prefix_length
         self.sentences = sentences
         self.loss_rows = loss_rows
+        self.bf16 = bf16
         self.window = slice(prefix_length, prefix_length + length)
 
     def check(self, model) -> None:

@@ -1,19 +1,19 @@
-"""A matrix product with one weight, many times over: the weight is put in the processor's own order once."""
+"""Matrix products with weights that stay as they are: each is put in the processor's own order once."""
 from __future__ import annotations
 
 import functools
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Elements of a weight from which on the order pays: below, the call itself costs more than it saves.
+# Elements of a weight from which on its order and its precision matter: below, the call itself costs as much.
 LEAST = 2**17
 
 
 class Product:
-    """y = x Wᵀ + b, without gradients, for a W that stays as it is.
+    """y = x Wᵀ + b, without gradients.
 
     On a CPU, oneDNN keeps a large weight in blocks that fit its kernels, where a plain product has to arrange them anew
     each time: a third less time at 128 rows, two thirds at 10. The values differ by rounding.
@@ -21,39 +21,61 @@ class Product:
     Args:
         weight: (out, in).
         bias: (out,) or None.
+        bf16: have a large product of float32 in bfloat16, its result in float32 again.
     """
 
-    def __init__(self, weight: Tensor, bias: Optional[Tensor] = None):
-        self.weight = weight.detach()
-        self.bias = None if bias is None else bias.detach()
-        self.packed = _pack(self.weight) if _worth_packing(self.weight) else None
+    def __init__(self, weight: Tensor, bias: Optional[Tensor] = None, *, bf16: bool = False):
+        self.bf16 = bf16 and weight.dtype == torch.float32 and weight.numel() >= LEAST
+        dtype = torch.bfloat16 if self.bf16 else weight.dtype
+        self.weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        known = self.bf16 or weight.dtype == torch.float32
+        self.packed = _pack(self.weight) if known and _worth_packing(weight) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, in) to (R, out)."""
+        read = x.bfloat16() if self.bf16 else x
         if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            found = F.linear(read, self.weight, self.bias)
+        else:
+            found = torch.ops.mkldnn._linear_pointwise(read, self.packed, self.bias, "none", [], "")
+        return found.to(x.dtype) if self.bf16 else found
 
 
-def product_of(linear: nn.Linear) -> Product:
-    """The product that a linear layer stands for."""
-    return Product(linear.weight, linear.bias)
+class Products(NamedTuple):
+    """How the linear layers of a model are multiplied with.
+
+    Attributes:
+        bf16: large ones in bfloat16.
+    """
+
+    bf16: bool = False
+
+    def of(self, linear: nn.Linear) -> Product:
+        """What the layer computes."""
+        return Product(linear.weight, linear.bias, bf16=self.bf16)
+
+    def joined(self, linears: Sequence[nn.Linear], scales: Optional[Sequence[float]] = None) -> Product:
+        """One product in the place of several of one input, their outputs side by side, each scaled."""
+        scales = scales or [1] * len(linears)
+        weight = torch.cat([linear.weight * scale for linear, scale in zip(linears, scales)])
+        biases = [linear.bias for linear in linears]
+        bias = None if biases[0] is None else torch.cat([bias * scale for bias, scale in zip(biases, scales)])
+        return Product(weight, bias, bf16=self.bf16)
 
 
-def joined_product(linears: Sequence[nn.Linear], scales: Optional[Sequence[float]] = None) -> Product:
-    """One product in the place of several of one input, their outputs side by side, each scaled."""
-    scales = scales or [1] * len(linears)
-    weight = torch.cat([linear.weight * scale for linear, scale in zip(linears, scales)])
-    if linears[0].bias is None:
-        return Product(weight)
-    return Product(weight, torch.cat([linear.bias * scale for linear, scale in zip(linears, scales)]))
+def bf16_helps(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 by itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return _can_pack() and supported()
 
 
 def _worth_packing(weight: Tensor) -> bool:
     return (
         weight.numel() >= LEAST
         and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
         and not torch.is_autocast_cpu_enabled()  # which would have the product in another precision
         and _can_pack()
     )

@@ -10,7 +10,7 @@ from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor
 
 from fairseq_earm.sampling.plain_layers import is_plain_stack
-from fairseq_earm.sampling.products import joined_product, product_of
+from fairseq_earm.sampling.products import Products
 
 
 class Source(NamedTuple):
@@ -39,10 +39,10 @@ class Source(NamedTuple):
         return zeros.masked_fill(self.padding, -float("inf")).unsqueeze(1)
 
 
-def read_source(encoder, inputs: dict) -> Source:
+def read_source(encoder, inputs: dict, products: Products = Products()) -> Source:
     """What an encoder makes of `inputs`, its arguments; in its own way unless it `is_plain`."""
     if set(inputs) <= {"src_tokens", "src_lengths"} and is_plain(encoder):
-        return _read(encoder, inputs["src_tokens"])
+        return _read(encoder, inputs["src_tokens"], products)
     output = encoder(**inputs)
     [states] = output["encoder_out"]
     masks = output["encoder_padding_mask"]
@@ -60,30 +60,31 @@ def is_plain(encoder) -> bool:
     )
 
 
-def _read(encoder, src_tokens: Tensor) -> Source:
+def _read(encoder, src_tokens: Tensor, products: Products) -> Source:
     padding = src_tokens.eq(encoder.padding_idx)
     places = (~padding).flatten().nonzero().squeeze(1)
     embedded, _ = encoder.forward_embedding(src_tokens, None)
     source = Source(embedded.flatten(0, 1)[places], places, padding)
     for layer in encoder.layers:
-        source = source._replace(states=_layer(layer, source))
+        source = source._replace(states=_layer(layer, source, products))
     return source if encoder.layer_norm is None else source._replace(states=encoder.layer_norm(source.states))
 
 
-def _layer(layer, source: Source) -> Tensor:
+def _layer(layer, source: Source, products: Products) -> Tensor:
     """(N, C) one layer's output."""
     before, residual = layer.normalize_before, source.states
     norm = layer.self_attn_layer_norm
-    found = residual + _attend(layer.self_attn, source._replace(states=norm(residual) if before else residual))
+    read = source._replace(states=norm(residual)) if before else source
+    found = residual + _attend(layer.self_attn, read, products)
     residual = found if before else norm(found)
-    norm, inner, outer = layer.final_layer_norm, product_of(layer.fc1), product_of(layer.fc2)
+    norm, inner, outer = layer.final_layer_norm, products.of(layer.fc1), products.of(layer.fc2)
     found = residual + outer(layer.activation_fn(inner(norm(residual) if before else residual)))
     return found if before else norm(found)
 
 
-def _attend(attention, source: Source) -> Tensor:
+def _attend(attention, source: Source, products: Products) -> Tensor:
     """(N, C) each token's attention to its own sentence."""
-    found = joined_product([attention.q_proj, attention.k_proj, attention.v_proj])(source.states)
+    found = products.joined([attention.q_proj, attention.k_proj, attention.v_proj])(source.states)
     parts: Tuple[Tensor, ...] = source.spread(found.unflatten(1, (3, attention.num_heads, -1))).permute(2, 0, 3, 1, 4).unbind()
     mixed = F.scaled_dot_product_attention(*parts, attn_mask=source.bias(found.dtype).unsqueeze(1))  # (B, heads, S, D)
-    return product_of(attention.out_proj)(mixed.transpose(1, 2).flatten(2).flatten(0, 1)[source.places])
+    return products.of(attention.out_proj)(mixed.transpose(1, 2).flatten(2).flatten(0, 1)[source.places])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.sampling.plain_layers import is_plain_stack
 from fairseq_earm.sampling.prefill import prefill
-from fairseq_earm.sampling.products import Product, joined_product, product_of
+from fairseq_earm.sampling.products import Products
 from fairseq_earm.sampling.scoring import full_logits
 from fairseq_earm.sampling.transformer_source import Source
 
@@ -27,17 +27,18 @@ class TransformerSteps:
     Args:
         decoder: a decoder that `knows` is true of; its parameters must stay as they are.
         source: what the encoder made of the source, for a decoder with attention to it.
+        products: how the layers multiply; the logits do so in the model's own precision.
     """
 
     dead_share = 0.0
 
-    def __init__(self, decoder, source: Optional[Source] = None):
+    def __init__(self, decoder, source: Optional[Source] = None, products: Products = Products()):
         self.decoder = decoder
         padded = source is not None and bool(source.padding.any())
         self.source_bias = source.bias(source.states.dtype) if padded else None
-        self.layers = [_Layer(layer, source) for layer in decoder.layers]
+        self.layers = [_Layer(layer, source, products) for layer in decoder.layers]
         projection = getattr(decoder, "output_projection", None)
-        self.projection = Product(projection.weight, projection.bias) if type(projection) is nn.Linear else None
+        self.projection = Products().of(projection) if type(projection) is nn.Linear else None
 
     @staticmethod
     def knows(decoder) -> bool:
@@ -91,20 +92,20 @@ class TransformerSteps:
 class _Layer:
     """One layer: (R, C) of a step to (R, C)."""
 
-    def __init__(self, layer, source: Optional[Source]):
+    def __init__(self, layer, source: Optional[Source], products: Products):
         self.layer = layer
         self.heads = layer.self_attn.num_heads
         attention = layer.self_attn
-        self.own = joined_product([attention.q_proj, attention.k_proj, attention.v_proj], (attention.scaling, 1, 1))
-        self.own_out = product_of(layer.self_attn.out_proj)
+        self.own = products.joined([attention.q_proj, attention.k_proj, attention.v_proj], (attention.scaling, 1, 1))
+        self.own_out = products.of(layer.self_attn.out_proj)
         self.cache: Optional[Tensor] = None  # (2, R, heads, steps, C / heads): keys and values of past steps
         self.steps = 0
         self.memory: Optional[Tensor] = None  # (2, R, heads, S, C / heads): those of the source
         if layer.encoder_attn is not None and source is not None:
-            self.query = joined_product([layer.encoder_attn.q_proj], (layer.encoder_attn.scaling,))
-            self.memory = _keys_and_values(layer.encoder_attn, source)
-            self.memory_out = product_of(layer.encoder_attn.out_proj)
-        self.inner, self.outer = product_of(layer.fc1), product_of(layer.fc2)
+            self.query = products.joined([layer.encoder_attn.q_proj], (layer.encoder_attn.scaling,))
+            self.memory = _keys_and_values(layer.encoder_attn, source, products)
+            self.memory_out = products.of(layer.encoder_attn.out_proj)
+        self.inner, self.outer = products.of(layer.fc1), products.of(layer.fc2)
 
     def __call__(self, x: Tensor, step: int, source_bias: Optional[Tensor]) -> Tensor:
         layer, before = self.layer, self.layer.normalize_before
@@ -177,7 +178,7 @@ def _pick(kept: Tensor, rows: Tensor, moves, steps: int) -> Tensor:
     return kept[:, : rows.numel()]
 
 
-def _keys_and_values(attention, source: Source) -> Tensor:
+def _keys_and_values(attention, source: Source, products: Products) -> Tensor:
     """(2, B, heads, S, D) of the source."""
-    found = joined_product([attention.k_proj, attention.v_proj])(source.states)
+    found = products.joined([attention.k_proj, attention.v_proj])(source.states)
     return source.spread(found.unflatten(1, (2, attention.num_heads, -1))).permute(2, 0, 3, 1, 4).contiguous()

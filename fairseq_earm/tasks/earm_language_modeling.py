@@ -63,6 +63,7 @@ class EarmLanguageModelingTask(ScheduledSampling, TruncatedBptt, ExactBatches, L
             prefix_length=self.cfg.earm_prefix_length,
             sentences=self.cfg.sample_break_mode == "eos",
             loss_rows=cfg.earm_loss_rows,
+            bf16=cfg.earm_sampling_bf16,
         )
 
 

@@ -38,6 +38,7 @@ from tests.tiny_model import tiny_model
         ({"earm_max_len_a": 0.0, "earm_max_len_b": 0}, "--earm-max-len-b 0"),
         ({"earm_max_len_b": 64}, "--earm-max-len-b 64: negatives would exceed the model's 64 target positions"),
         ({"earm_loss_rows": -1}, "--earm-loss-rows -1"),
+        ({"earm_sampling_bf16": True, "earm_sampler": "generator"}, "--earm-sampling-bf16 True: --earm-sampler generator draws"),
         ({"earm_sampling_topk": 5}, "--earm-sampler ancestral"),
         ({"earm_sampling_topk": 0, "earm_sampler": "generator"}, "--earm-sampling-topk 0"),
         ({"earm_sampling_topp": 1.5, "earm_sampler": "generator"}, "--earm-sampling-topp 1.5"),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fairseq_earm.sampling import products
-from fairseq_earm.sampling.products import Product
+from fairseq_earm.sampling.products import Product, Products, bf16_helps
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -41,3 +41,18 @@ def test_a_torch_without_such_products_is_served_too(monkeypatch):
         assert torch.equal(Product(weight)(x), F.linear(x, weight))
     finally:
         products._can_pack.cache_clear()
+
+
+@pytest.mark.skipif(not bf16_helps(torch.device("cpu")), reason="this processor does not multiply in bfloat16")
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16_is_for_large_products_of_float32(bias):
+    torch.manual_seed(1)
+    linear, x = torch.nn.Linear(256, 1024, bias=bias), torch.randn(7, 256)
+    quick, exact = Products(bf16=True).of(linear)(x), linear(x)
+    assert quick.dtype == torch.float32
+    assert 1e-5 < (quick - exact).abs().max() < 0.05
+    joined = Products(bf16=True).joined([linear, linear], (1.0, 0.5))(x)
+    assert torch.allclose(joined, torch.cat([exact, 0.5 * exact], 1), atol=0.05)
+    small = torch.nn.Linear(16, 16, bias=bias)
+    assert torch.equal(Products(bf16=True).of(small)(x[:, :16]), small(x[:, :16]))
+    assert Products(bf16=True).of(linear.double())(x.double()).dtype == torch.float64
