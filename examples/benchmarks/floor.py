@@ -80,7 +80,7 @@ class _DecoderLayer:
         states @ cross_query
         # Rows of one source read the same keys. Once rows are finished, this many sources have all of theirs.
         full = states.size(0) // per_source
-        queries = states[: full * per_source].view(full * self.heads, per_source, -1)
+        queries = states[: full * per_source].view(full * self.heads, per_source, self.source[0].size(2))
         self._attend(queries, self.source)
         states @ cross_output
         states @ first @ second

@@ -14,6 +14,9 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_arch
 from timing import device
 from torch import Tensor
 
+from fairseq_earm.sampling.ancestral import AncestralSampler
+from fairseq_earm.sampling.scoring import decoder_input
+
 SMALL = {
     "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_embed_dim": 128,
     "decoder_embed_dim": 128, "encoder_ffn_embed_dim": 512, "decoder_ffn_embed_dim": 512,
@@ -35,7 +38,8 @@ def translation_model(size: str, vocabulary: int, *, length: float = math.inf) -
     Args:
         length: of what is drawn from it, about and on average; by default it does not end.
     """
-    args = Namespace(**SIZES[size], arch="transformer_iwslt_de_en", share_decoder_input_output_embed=True, dropout=0.3)
+    # What is read of end-of-sentence, at the start, is not to change with what is written of it.
+    args = Namespace(**SIZES[size], arch="transformer_iwslt_de_en", share_decoder_input_output_embed=False, dropout=0.3)
     transformer_iwslt_de_en(args)
     symbols = dictionary(vocabulary)
     model = TransformerModel.build_model(args, Namespace(source_dictionary=symbols, target_dictionary=symbols))
@@ -44,21 +48,32 @@ def translation_model(size: str, vocabulary: int, *, length: float = math.inf) -
 
 
 @torch.no_grad()
-def end_after(model: TransformerModel, length: float = math.inf) -> None:
-    """Give end-of-sentence about the probability 1 / `length` at every step.
+def end_after(model, length: float = math.inf) -> None:
+    """Give end-of-sentence about the probability 1 / `length` at every step, or as good as none.
 
-    All last states are shifted one way, and the embedding of end-of-sentence is laid along it: to whoever runs it, this is
-    a model like any other.
+    All last states are shifted one way, and the output embedding of end-of-sentence is laid along it: to whoever runs it,
+    this is a model like any other.
     """
+    model.eval()
     embedding, eos = model.decoder.output_projection.weight, symbols_of(model).eos()
-    vocabulary, dim = embedding.shape
-    shift = 8 * embedding[eos] / embedding[eos].norm()
+    along = embedding[eos] / embedding[eos].norm()
     last_norm = model.decoder.layer_norm or model.decoder.layers[-1].final_layer_norm
-    last_norm.bias.copy_(shift)
-    # The others' logits are close to normal: of variance 1 from step to step, and of 8²/d from token to token.
-    others = math.log(vocabulary) + (1 + 8**2 / dim) / 2
-    logit = others - math.log(length - 1) if length < math.inf else -20.0
-    embedding[eos] = shift * logit / shift.square().sum()
+    last_norm.bias.copy_(8 * along)
+    embedding[eos] = -3 * along
+    if length < math.inf:
+        states = _own_states(model)
+        shares = (states @ along).unsqueeze(1), (states @ embedding.t()).logsumexp(1, keepdim=True)
+        scales = torch.linspace(0, 4, 401)
+        chances = torch.sigmoid(shares[0] * scales - shares[1]).mean(0)
+        embedding[eos] = scales[int((chances - 1 / length).abs().argmin())] * along
+
+
+def _own_states(model: TransformerModel) -> Tensor:
+    """(N, d) last states of the decoder while it writes."""
+    net_input = sources(model, 32, 20)
+    drawn = AncestralSampler(symbols_of(model), max_len_a=0, max_len_b=20)(model, net_input)
+    read = decoder_input(drawn.tokens, symbols_of(model).eos())
+    return model(**net_input, prev_output_tokens=read, features_only=True)[0].flatten(0, 1)
 
 
 def language_model(size: str, vocabulary: int) -> TransformerLanguageModel:
@@ -92,7 +107,8 @@ def sources(model: TransformerModel, rows: int, length: int, seed: int = 1) -> d
     lengths = torch.randint(max(length // 2, 2), length + 1, (rows,), generator=generator)
     lengths[0] = length
     tokens = _sentences(model.encoder.dictionary, lengths, generator)
-    return {"src_tokens": tokens.to(device()), "src_lengths": lengths.to(device())}
+    where = next(model.parameters()).device
+    return {"src_tokens": tokens.to(where), "src_lengths": lengths.to(where)}
 
 
 def parallel_batch(symbols: Dictionary, tokens: int, length: int, seed: int = 1) -> dict:

@@ -114,6 +114,7 @@ def marian_model(model):
     config = MarianConfig(
         vocab_size=len(encoder.dictionary), decoder_vocab_size=len(symbols), d_model=first.self_attn.embed_dim,
         encoder_layers=len(encoder.layers), decoder_layers=len(decoder.layers), share_encoder_decoder_embeddings=False,
+        tie_word_embeddings=decoder.share_input_output_embed,
         encoder_attention_heads=first.self_attn.num_heads, decoder_attention_heads=other.self_attn.num_heads,
         encoder_ffn_dim=first.fc1.out_features, decoder_ffn_dim=other.fc1.out_features, activation_function="relu",
         scale_embedding=True, max_position_embeddings=512, pad_token_id=symbols.pad(), eos_token_id=symbols.eos(),

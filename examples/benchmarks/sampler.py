@@ -16,13 +16,13 @@ from fairseq_earm.sampling.ancestral import AncestralSampler
 FLOOR = "matrix products alone"
 LONGEST = 80  # where natural lengths end
 
-QUICK = {"sizes": ["iwslt", "small"], "vocabulary": 10000, "batches": [128]}
-FULL = {**QUICK, "batches": [32, 128, 512]}
+QUICK = {"sizes": ["iwslt", "small"], "natural": ["small"], "batches": [128]}
+FULL = {"sizes": ["iwslt", "small"], "natural": ["iwslt", "small"], "batches": [32, 128, 512]}
 
 
 def rows(
     setting: Setting, sizes: Sequence[str] = ("iwslt", "small"), vocabulary: int = 10000, batches: Sequence[int] = (128,),
-    length: int = 30, natural: Sequence[bool] = (False, True), mean: float = 20,
+    length: int = 30, natural: Sequence[str] = ("iwslt", "small"), mean: float = 20,
 ) -> List[Row]:
     """Of one translation per source sentence: exactly `length` tokens each, and about `mean` on average.
 
@@ -30,18 +30,18 @@ def rows(
         sizes: of `models.translation_model`.
         vocabulary: symbols of it.
         batches: source sentences, each batch on its own; they have length/2 to `length` tokens.
-        natural: [False] for the fixed length alone, [True] for the others.
+        natural: those of `sizes` that natural lengths are drawn from too.
     """
     found: List[Row] = []
     for size in sizes:
-        for ends in natural:
+        for ends in ([False, True] if size in natural else [False]):
             torch.manual_seed(1)
             model = setting.place(translation_model(size, vocabulary, length=mean if ends else math.inf))
             lengths, longest = (f"about {mean:g}", LONGEST) if ends else (f"{length}", length)
             for batch in batches:
                 what = {"model": size, "sources": batch, "length": lengths}
                 found += _compared(what, setting, model, sources(model, batch, length), longest)
-    if setting.checkpoint and True in natural:
+    if setting.checkpoint:
         model, _, task = trained(setting.checkpoint, setting.data)
         for batch in batches:
             what = {"model": "trained", "sources": batch, "length": "natural"}
