@@ -22,6 +22,8 @@ import update  # noqa: E402
 from floor import MatrixProducts  # noqa: E402
 
 from fairseq_earm.sampling.ancestral import AncestralSampler  # noqa: E402
+from fairseq_earm.sampling import products  # noqa: E402
+from fairseq_earm.sampling.products import bf16_helps  # noqa: E402
 from fairseq_earm.sampling.scoring import score_sequences  # noqa: E402
 
 VOCABULARY, LENGTH = 60, 5
@@ -46,6 +48,15 @@ def table(monkeypatch, capsys, tmp_path):
     yield measure
     logging.disable(logging.NOTSET)
     torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not bf16_helps(timing.device()), reason="this machine does not multiply in bfloat16")
+def test_bf16(table, monkeypatch):
+    monkeypatch.setattr(products, "LEAST", 1)
+    exact, quick = table("bf16", sizes=["small"], vocabulary=VOCABULARY, batch=3, length=LENGTH, negatives=20)
+    assert (exact["products"], quick["products"]) == ("float32", "bfloat16")
+    assert exact["largest"] < 1e-4 < quick["largest"] < 0.5
+    assert abs(quick["KL a token"]) < 0.01 and quick["±"] < 0.01
 
 
 def test_updates(table, tiny):
