@@ -13,6 +13,9 @@ from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scoring import start_tokens
 
+# Steps after which the processor asks who has finished: a GPU would have to be waited for each time.
+LOOK_EVERY = {"cuda": 8}
+
 
 class AncestralSampler:
     """Draws x ~ q(x | source), with the exact log-probability of every draw.
@@ -64,6 +67,7 @@ class AncestralSampler:
         truncated = torch.zeros_like(sources, dtype=torch.bool)
         rows = torch.arange(count, device=sources.device)
         live = torch.ones_like(rows, dtype=torch.bool)
+        steps_between_looks = LOOK_EVERY.get(rows.device.type, 1)
 
         for step in range(longest):
             # A finished row that is still in the batch reads end-of-sentence: anything but padding will do.
@@ -73,14 +77,15 @@ class AncestralSampler:
             tokens, log_probs = draw(logits)
             if step < given:
                 tokens, log_probs = forced[rows, step], torch.zeros_like(log_probs)
-            open_rows = rows[live]
-            prefixes[open_rows, step + 1] = tokens[live]
-            log_q[open_rows, step] = log_probs[live].to(log_q.dtype)
-            lengths[open_rows] += 1
+            prefixes[rows, step + 1] = tokens.masked_fill(~live, self.pad)
+            log_q[rows, step] = log_probs.masked_fill(~live, 0.0).to(log_q.dtype)
+            lengths[rows] += live
             ended = tokens.eq(self.eos) if step >= given else torch.zeros_like(live)
             cut = ~ended & (limits[rows] <= step + 1)
-            truncated[rows[live & cut]] = True
+            truncated[rows] |= live & cut
             live = live & ~ended & ~cut
+            if (step + 1) % steps_between_looks:
+                continue
             remaining = int(live.sum())
             if remaining == 0:
                 break

@@ -165,6 +165,16 @@ def test_every_way_of_decoding_draws_the_same(monkeypatch, caplog, cache):
     assert ("no incremental decoding" in caplog.text) is not cache
 
 
+@pytest.mark.parametrize("every", [2, 3, 100])
+def test_rows_that_have_finished_without_being_looked_at_change_nothing(monkeypatch, every):
+    """What a GPU does, where finished rows stay in the batch for some steps: distribution and marks stay exact."""
+    monkeypatch.setattr("fairseq_earm.sampling.ancestral.LOOK_EVERY", {"cpu": every})
+    test_distribution_and_log_q_are_those_of_the_enumeration("ancestral", {})
+    test_truncation_is_marked_and_no_end_is_forced("ancestral")
+    test_limits_follow_each_source("ancestral")
+    test_prefix_tokens_are_kept_and_not_charged("ancestral")
+
+
 def test_start_token_of_the_batch_is_used():
     model = tiny_model()
     net_input = tiny_batch(model)
