@@ -31,7 +31,7 @@ class Source(NamedTuple):
         shape = (*self.padding.shape, *values.shape[1:])
         if self.places.numel() == self.padding.numel():
             return values.reshape(shape)
-        return values.new_zeros(self.padding.numel(), *values.shape[1:]).index_copy(0, self.places, values).view(shape)
+        return values.new_zeros(self.padding.numel(), *values.shape[1:]).index_copy_(0, self.places, values).view(shape)
 
     def bias(self, dtype) -> Tensor:
         """(B, 1, S) what attention adds to its scores: minus infinity at padding."""
