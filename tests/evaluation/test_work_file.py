@@ -1,8 +1,7 @@
 """Records that survive a kill, and what is said where they cannot be written."""
 import errno
+import multiprocessing
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -32,15 +31,24 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
         assert again.records == {3: {"index": 3, "base": [-1.0]}}
 
 
+def open_second(path, refusals):
+    try:
+        open_work(path, {})
+        refusals.put("not refused")
+    except UsageError as error:
+        refusals.put(str(error))
+
+
 def test_two_processes_cannot_write_the_same(tmp_path):
     with open_work(str(tmp_path / "out.json"), {}) as work:
         work.add({"index": 3})
-        code = f"from fairseq_earm.evaluation.work_file import open_work; open_work({str(tmp_path / 'out.json')!r}, {{}})"
-        other = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, universal_newlines=True)
-        assert other.returncode == 1
-        assert other.stderr.splitlines()[-1].endswith(
-            "out.json.partial cannot be written: another process is writing it; wait for it, or end it"
-        )
+        context = multiprocessing.get_context("fork")
+        refusals = context.SimpleQueue()
+        other = context.Process(target=open_second, args=(str(tmp_path / "out.json"), refusals))
+        other.start()
+        other.join()
+        message = refusals.get()
+        assert "out.json.partial cannot be written: another process is writing it; wait for it, or end it" in message
     with open_work(str(tmp_path / "out.json"), {}) as again:
         assert again.records == {3: {"index": 3}}
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import List, NamedTuple, Sequence
+from typing import Callable, List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -39,9 +39,9 @@ class Series(NamedTuple):
     """One quantity of a run after its first minutes.
 
     Attributes:
-        first, last: its peak in the first and in the last window.
-        growth: of the peak from the first to the last window, in percent.
-        trend: of a straight line through all windows' peaks, over the same time, in percent.
+        first, last: its level in the first and in the last window.
+        growth: from the first to the last window, in percent.
+        trend: of a straight line through all windows, over the same time, in percent.
     """
 
     first: float
@@ -111,17 +111,17 @@ def run(args: argparse.Namespace) -> None:
             raise SystemExit(f"training ended by itself, with status {process.returncode}; see {log}")
 
 
-def peaks(minutes: np.ndarray, values: np.ndarray, window: float) -> np.ndarray:
-    """(W, 2) middle and highest value of each window; a last one that is not full joins the one before."""
+def levels(minutes: np.ndarray, values: np.ndarray, window: float, level: Callable) -> np.ndarray:
+    """(W, 2) middle of each window, and its values' level; a last window that is not full joins the one before."""
     number = np.minimum((minutes - minutes[0]) // window, max((minutes[-1] - minutes[0]) // window - 1, 0))
-    return np.array([[minutes[number == w].mean(), values[number == w].max()] for w in np.unique(number)])
+    return np.array([[minutes[number == w].mean(), level(values[number == w])] for w in np.unique(number)])
 
 
-def series(minutes: np.ndarray, values: np.ndarray, window: float) -> Series:
-    """How a quantity went. Batches differ in shape, so windows are compared by their peaks."""
-    times, highest = peaks(minutes, values, window).T
-    slope = np.polyfit(times, highest, 1)[0] if len(times) > 1 else 0.0
-    first, last = highest[0], highest[-1]
+def series(minutes: np.ndarray, values: np.ndarray, window: float, level: Callable) -> Series:
+    """How a quantity went from window to window."""
+    times, found = levels(minutes, values, window, level).T
+    slope = np.polyfit(times, found, 1)[0] if len(times) > 1 else 0.0
+    first, last = found[0], found[-1]
     return Series(first, last, 100 * (last - first) / first, 100 * slope * (times[-1] - times[0]) / first)
 
 
@@ -135,13 +135,15 @@ def report(args: argparse.Namespace) -> bool:
     stopped = settled[-1]["seconds"] / 60 - minutes[-1]
     print(
         f"{minutes[-1]:.0f} minutes" + (f" (and {stopped:.0f} in which the machine stood still)" if stopped >= 1 else "")
-        + f", {settled[-1]['updates']:,} updates, {len(samples):,} samples; peaks of windows of {args.window:g} minutes "
-        f"after minute {args.after:g}:"
+        + f", {settled[-1]['updates']:,} updates, {len(samples):,} samples; windows of {args.window:g} minutes "
+        f"after minute {args.after:g}, peaks of memory and medians of the rest:"
     )
     print(f"{'':<18} {'first':>8} {'last':>8} {'growth':>9} {'trend':>9}")
     sound = True
     for name, unit in (("rss", MEGABYTE), ("pss", MEGABYTE), ("files", 1), ("threads", 1), ("processes", 1)):
-        found = series(minutes[-len(settled):], np.array([line[name] for line in settled]) / unit, args.window)
+        # Batches differ in shape, so memory is known by its peaks; files in flight from the loader's process come and go.
+        level = np.max if unit > 1 else np.median
+        found = series(minutes[-len(settled) :], np.array([line[name] for line in settled]) / unit, args.window, level)
         limit = args.limit if unit > 1 else 0
         leaks = min(found.growth, found.trend) > limit
         sound = sound and not leaks
@@ -193,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     table = commands.add_parser("report")
     table.add_argument("folder", type=Path)
     table.add_argument("--after", type=float, default=10, metavar="MINUTES", help="what came before does not count")
-    table.add_argument("--window", type=float, default=10, metavar="MINUTES", help="whose peaks are compared: an epoch at least")
+    table.add_argument("--window", type=float, default=10, metavar="MINUTES", help="that are compared: an epoch at least")
     table.add_argument("--limit", type=float, default=2, metavar="PERCENT", help="by which memory may grow")
     return made
 

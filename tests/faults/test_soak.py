@@ -15,7 +15,7 @@ def judged(folder, leak=0.0, files=0, spread=5.0):
     lines = []
     for minute in range(0, 121):
         rss = 2**20 * (700 + rng.uniform(-spread, 0)) * (1 + leak / 100 * minute / 60) * (0.5 if minute < 5 else 1)
-        held = {"rss": rss, "pss": rss, "files": 60 + files * (minute // 60), "threads": 9, "processes": 2, "updates": minute}
+        held = {"rss": rss, "pss": rss, "files": 60 + files * (minute // 60) + 90 * (minute == 119), "threads": 9, "processes": 2, "updates": minute}
         lines.append(json.dumps({"seconds": 60 * minute, **held}))
     (folder / "samples.jsonl").write_text("\n".join(lines) + '\n{"seconds": 12')
     return soak.report(soak.parser().parse_args(["report", str(folder)]))
