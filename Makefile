@@ -2,6 +2,7 @@
 # make test     runs the tests with coverage; creates .venv when it is missing
 # make test-stock   runs the tests of commands, tasks and whole runs under stock fairseq 0.12.2 and Python 3.10, in .venv-stock
 # make kill-tests   kills training, sampling, perplexity and tuning 20 times each (KILLS) at random moments and starts them again
+# make fuzz     tries 16,000 damaged files (INPUTS) on everything that reads one
 # make soak DATA=data-bin/FOLDER   trains E-ARM for two hours (MINUTES) and watches its memory, files and threads
 # make demo     runs the synthetic demonstration of E-ARM; creates .venv when it is missing
 # make demo-residual   the same for residual energy-based models
@@ -17,10 +18,11 @@ JOBS ?= 2
 PYTHON_STOCK ?= python3.10
 STOCK_TESTS ?= $(wildcard tests/test_*.py) tests/tasks tests/cli
 KILLS ?= 20
+INPUTS ?= 16000
 MINUTES ?= 120
 BIN := .venv/bin
 
-.PHONY: help setup test test-stock kill-tests soak demo demo-residual clean
+.PHONY: help setup test test-stock kill-tests fuzz soak demo demo-residual clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -46,6 +48,9 @@ kill-tests: .venv/installed
 	OMP_NUM_THREADS=1 FAIRSEQ_EARM_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s tests/faults/test_kills.py
 
 # Of two languages, binarised; what was measured goes to outputs/soak, which must not exist.
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 FAIRSEQ_EARM_FUZZ=$(INPUTS) $(BIN)/python -m pytest -s tests/test_hostile_input.py
+
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py run "$(DATA)" outputs/soak --minutes $(MINUTES)
 	$(BIN)/python tests/faults/soak.py report outputs/soak

@@ -1,6 +1,6 @@
 """Damaged files, whatever is wrong with them, are read as far as they can be, or refused in one line.
 
-FAIRSEQ_EARM_FUZZ=N has N inputs tried in all, 1,700 by default; `make fuzz` 12,000.
+FAIRSEQ_EARM_FUZZ=N has N inputs tried in all, 1,700 by default; `make fuzz` 16,000.
 """
 import argparse
 import contextlib
@@ -12,6 +12,7 @@ import os
 import pickle
 import struct
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -23,14 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fairseq_earm.cli import analyse, text_report
-from fairseq_earm.cli.common import check_json, text_dictionary
+from fairseq_earm.cli.common import check_json, text_dictionary, write_json
 from fairseq_earm.cli.evaluated_texts import read_texts
 from fairseq_earm.cli.nbest import read_nbest
 from fairseq_earm.cli.result_tables import result_tables
 from fairseq_earm.evaluation import page, report_tables, run_folder
-from fairseq_earm.evaluation.ab_page import choose_pairs, page_and_key
 from fairseq_earm.evaluation.generated import read_generated
-from fairseq_earm.evaluation.preference import binomial_p_value
 from fairseq_earm.evaluation.score_tables import latex_table, text_table
 from fairseq_earm.evaluation.training_log import read_log, read_run
 from fairseq_earm.evaluation.work_file import WorkFile
@@ -435,3 +434,143 @@ def test_what_is_whole_is_read(groups, group, tmp_path):
         path.write_bytes(target.whole if isinstance(target.whole, bytes) else json.dumps(target.whole).encode())
         with contextlib.redirect_stdout(io.StringIO()):
             target.read(path.parent, path)
+
+
+# --- what is no file at all -------------------------------------------------------------------------------------------
+
+
+def strange_files(folder):
+    """By name: paths that are not what a reader asks for."""
+    (folder / "folder").mkdir()
+    os.symlink(folder / "loop", folder / "loop")
+    os.symlink(folder / "nowhere", folder / "dangling")
+    (folder / "empty").write_bytes(b"")
+    (folder / "latin1").write_bytes("Übung\n".encode("latin1"))
+    (folder / "utf16").write_bytes("Übung\n".encode("utf-16"))
+    long = folder / ("x" * 300)
+    return {**{name: folder / name for name in ("folder", "loop", "dangling", "empty", "latin1", "utf16", "missing")}, "long": long}
+
+
+def votes(path, key):
+    counted_votes = argparse.Namespace(answers=[str(path)], key=str(key), allowed_failures=0, json=None)
+    analyse.count_votes(counted_votes)
+
+
+READERS = {
+    "n-best": lambda folder, path: read_nbest([str(path)]),
+    "generated": lambda folder, path: read_generated(str(path)),
+    "log": lambda folder, path: read_run([path]),
+    "run": lambda folder, path: run_folder.read_run_folder(path, "run"),
+    "perplexity": drawn_perplexity,
+    "answers": lambda folder, path: votes(path, folder / "empty"),
+    "key": lambda folder, path: votes(folder / "empty", path),
+    "texts": lambda folder, path: read_texts(argparse.Namespace(
+        system=[["a", str(folder / "missing")]], references=[str(path)], detokenize=None, tokenize=None, metrics=("bleu",)
+    )),
+    "images": lambda folder, path: read_image_files(str(path)),
+    "samples": lambda folder, path: SampleStore.open(str(path), Sequences(), dictionary=dictionary(), prefix_length=PREFIX),
+    "checkpoint": lambda folder, path: file_hash(str(path), flag="--path"),
+    "dictionary": lambda folder, path: text_dictionary(str(path)),
+}
+FINE = {("checkpoint", name) for name in ("empty", "latin1", "utf16")}
+
+
+@pytest.mark.parametrize("what", ["folder", "loop", "dangling", "empty", "latin1", "utf16", "missing", "long"])
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_file_of_this_kind_is_refused(tmp_path, reader, what):
+    path = strange_files(tmp_path)[what]
+    found = read_or_refuse(READERS[reader], tmp_path, path)
+    assert (found is not None) == ((reader, what) in FINE)
+
+
+@pytest.mark.parametrize("what", ["folder", "loop", "missing"])
+@pytest.mark.parametrize("name", ["test.bin", "test.idx", "test.json"])
+def test_a_part_of_the_samples_that_is_no_file(stores, tmp_path, name, what):
+    for other, content in stores[1].items():
+        (tmp_path / other).write_bytes(content)
+    os.remove(tmp_path / name)
+    if what == "folder":
+        (tmp_path / name).mkdir()
+    elif what == "loop":
+        os.symlink(tmp_path / name, tmp_path / name)
+    refused = []
+    assert read_or_refuse(lambda: refused.append(read_store(tmp_path, {}))) is None and not refused
+
+
+@pytest.mark.parametrize("what", ["folder", "loop"])
+@pytest.mark.parametrize("name", ["settings.json", "part-0"])
+def test_a_part_of_unfinished_samples_that_is_no_file(tmp_path, name, what):
+    parts = tmp_path / "test.parts"
+    parts.mkdir()
+    for other, content in PARTS.items():
+        (parts / other).write_bytes(content)
+    os.remove(parts / name)
+    if what == "folder":
+        (parts / name).mkdir()
+    else:
+        os.symlink(parts / name, parts / name)
+
+    def resume():
+        with StoreWriter(str(tmp_path / "test"), STORED, checkpoint="base.pt", dictionary_size=24) as writer:
+            for first in writer.missing():
+                writer.add(first, torch.from_numpy(TOKENS[list(writer.chunk(first))]).flatten(0, 1))
+            writer.finish()
+        return True
+
+    if read_or_refuse(resume):
+        read_store(tmp_path, {})
+
+
+@pytest.mark.parametrize("what", ["folder", "a/b", "loop/x", "empty/x", "x" * 300])
+def test_where_no_results_can_be_written(tmp_path, what):
+    strange_files(tmp_path)
+    path = str(tmp_path / what)
+
+    def write():
+        check_json(path)
+        write_json(path, {})
+        return True
+
+    assert read_or_refuse(write) is None
+
+
+def test_a_file_that_claims_the_world_takes_no_memory(tmp_path):
+    """A header of some bytes; limits are a hundred megabytes."""
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 2**32 - 1, 2**32 - 1, 2**32 - 1))
+    bomb = gzip.compress(struct.pack(">4I", 0x803, 2**31, 1, 1) + bytes(1 << 24))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train-images-idx3-ubyte.gz").write_bytes(bomb)
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d,)}" % 2**60
+    archive = tmp_path / "big.npz"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("train.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+    for path in (tmp_path, other, archive):
+        with limits(megabytes=100):
+            assert read_or_refuse(read_image_files, str(path)) is None
+    lines = "".join(f"{tag}-{10**17}\tx\n" if tag != "D" else f"D-{10**17}\t1\tx\n" for tag in "STHD")
+    (tmp_path / "generated").write_text(lines)
+    with limits(megabytes=100):
+        assert read_or_refuse(read_generated, str(tmp_path / "generated")) is None
+    many = "".join(f"T-{n}\tx\nD-{n}\t1\tx\nP-{n}\t1\n" for n in range(3000)) + "D-0\t1\tx\nP-0\t1\n" * 3000
+    (tmp_path / "list").write_text(GENERATED.splitlines()[0] + "\n" + many)
+    with limits(megabytes=100):
+        assert read_or_refuse(read_nbest, [str(tmp_path / "list")]) is None
+
+
+@pytest.mark.parametrize("record", [{"sequences": 2**60}, {"samples": 2**60}, {"batch_size": 2**62, "sequences": 2**62}])
+def test_samples_that_claim_the_world_take_no_memory(stores, tmp_path, record):
+    for name, content in stores[1].items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "test.json").write_text(json.dumps({**json.loads(stores[1]["test.json"]), **record}))
+    with limits(megabytes=100):
+        refused = []
+        assert read_or_refuse(lambda: refused.append(read_store(tmp_path, {}))) is None and not refused
+
+
+@pytest.mark.parametrize("line", ["a" * 60000, '{"a' * 20000, "valid on '" * 6000, "epoch 1: " * 7000, " " * 60000, "x" * 10**6, "epoch 1 | loss " * 4000])
+def test_a_long_line_of_a_log_takes_no_time(tmp_path, line):
+    (tmp_path / "log").write_text(line + "\n" + LOG)
+    with limits(seconds=10):
+        assert len(read_log(tmp_path / "log")["train"]) == 2
+        run_folder._facts([tmp_path / "log"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 from pathlib import Path
@@ -81,7 +82,7 @@ def read_run_folder(folder: PathLike, name: str, logs: Sequence[PathLike] = ()) 
     Raises:
         UsageError: no such folder, or neither a checkpoint nor a log.
     """
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"{folder}: there is no such folder; give the --save-dir of a run")
     notes: List[str] = []
     paths = [Path(log) for log in logs] or find_logs(folder)

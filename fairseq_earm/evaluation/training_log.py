@@ -201,9 +201,9 @@ def find_logs(folder: PathLike) -> List[Path]:
     Raises:
         UsageError: there is no such folder.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"{folder}: there is no such folder; give the --save-dir of a training run")
+    folder = Path(folder)
     beside = Path(os.path.abspath(folder) + ".log")
     logs = [path for path in (*folder.glob("*.log"), beside) if path.is_file() and is_training_log(path)]
     if logs:

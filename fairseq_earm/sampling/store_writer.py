@@ -92,7 +92,7 @@ class StoreWriter:
         """First sequence of each chunk that is yet to be drawn. A part of the wrong size counts as none."""
         sizes = {}
         if os.path.isdir(self._folder):
-            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self._folder)}
+            sizes = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self._folder)}
         per_item = store_settings.item_tokens(self.settings) * np.dtype(self._dtype).itemsize
         starts = store_settings.chunk_starts(self.settings)
         return [first for first in starts if sizes.get(_part(first)) != len(self.chunk(first)) * per_item]
