@@ -26,13 +26,14 @@ import bf16  # noqa: E402
 import growth  # noqa: E402
 import loss_head  # noqa: E402
 import offline  # noqa: E402
+import operators  # noqa: E402
 import reranking  # noqa: E402
 import sampler  # noqa: E402
 import update  # noqa: E402
 from tables import DTYPES, Setting, show  # noqa: E402
 from timing import machine  # noqa: E402
 
-MODULES = (update, sampler, bf16, reranking, offline, growth, loss_head)
+MODULES = (update, sampler, operators, bf16, reranking, offline, growth, loss_head)
 TABLES = {module.__name__: module.TABLE for module in MODULES}
 
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "bench
 import growth  # noqa: E402
 import loss_head  # noqa: E402
 import models  # noqa: E402
+import operators  # noqa: E402
 import rivals  # noqa: E402
 import run  # noqa: E402
 import stages  # noqa: E402
@@ -25,6 +26,8 @@ from fairseq_earm.sampling.ancestral import AncestralSampler  # noqa: E402
 from fairseq_earm.sampling import products  # noqa: E402
 from fairseq_earm.sampling.products import bf16_helps  # noqa: E402
 from fairseq_earm.sampling.scoring import score_sequences  # noqa: E402
+from fairseq_earm.sampling.transformer_steps import TransformerSteps  # noqa: E402
+from tests.tiny_model import tiny_model  # noqa: E402
 
 VOCABULARY, LENGTH = 60, 5
 
@@ -57,6 +60,18 @@ def test_bf16(table, monkeypatch):
     assert (exact["products"], quick["products"]) == ("float32", "bfloat16")
     assert exact["largest"] < 1e-4 < quick["largest"] < 0.5
     assert abs(quick["KL a token"]) < 0.01 and quick["±"] < 0.01
+
+
+def test_operators(table):
+    rows = table("operators", sizes=["small"], vocabulary=VOCABULARY, batch=3, length=LENGTH)
+    assert [row["sampler"] for row in rows] == ["fairseq", "E-ARM, fairseq's steps", "E-ARM"]
+    for row in rows:
+        assert sum(row[kind] for kind in [*operators.KINDS, operators.REST]) == pytest.approx(row["all"])
+        assert all(row[kind] > 0 for kind in ("products with weights", "attention", "drawing"))
+    assert [operators.kind(name) for name in ("aten::addmm", "aten::bmm", "aten::multinomial", "aten::copy_", "aten::add")] == [
+        *operators.KINDS, operators.REST
+    ]
+    assert TransformerSteps.knows(tiny_model().decoder)
 
 
 def test_updates(table, tiny):
