@@ -47,10 +47,10 @@ test-stock: .venv-stock/installed
 kill-tests: .venv/installed
 	OMP_NUM_THREADS=1 FAIRSEQ_EARM_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s tests/faults/test_kills.py
 
-# Of two languages, binarised; what was measured goes to outputs/soak, which must not exist.
 fuzz: .venv/installed
-	OMP_NUM_THREADS=1 FAIRSEQ_EARM_FUZZ=$(INPUTS) $(BIN)/python -m pytest -s tests/test_hostile_input.py
+	OMP_NUM_THREADS=1 FAIRSEQ_EARM_FUZZ=$(INPUTS) $(BIN)/python -m pytest -s tests/test_hostile_input.py tests/test_energy_settings.py
 
+# Of two languages, binarised; what was measured goes to outputs/soak, which must not exist.
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py run "$(DATA)" outputs/soak --minutes $(MINUTES)
 	$(BIN)/python tests/faults/soak.py report outputs/soak
