@@ -9,10 +9,10 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from scipy.stats import chi2
 
+from fairseq_earm.ebm import products
+from fairseq_earm.ebm.products import bf16_helps
 from fairseq_earm.errors import UsageError
-from fairseq_earm.sampling import products
 from fairseq_earm.sampling.heads import check_projection
-from fairseq_earm.sampling.products import bf16_helps
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import Predictions, scheduled_sampling
 from tests.criterions.stubs import Task

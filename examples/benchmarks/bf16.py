@@ -9,10 +9,10 @@ from models import real_sources, sources, trained, translation_model
 from tables import Row, Setting, Table
 from timing import compare, device
 
+from fairseq_earm.ebm.products import bf16_helps
 from fairseq_earm.sampling.ancestral import AncestralSampler
 from fairseq_earm.sampling.draw import without_padding
 from fairseq_earm.sampling.isolation import isolated
-from fairseq_earm.sampling.products import bf16_helps
 from fairseq_earm.sampling.scoring import decoder_input, start_tokens
 
 LONGEST = 80

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fairseq_earm.ebm.products import Product
+
 # Logits of a block, which should fit into a processor's cache; on other devices a block is the whole.
 BLOCK = 2**18
 
@@ -94,8 +96,8 @@ class _ProjectedStatistics(Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor, rows: int, mean: bool) -> tuple:
         ctx.set_materialize_grads(False)
         ctx.rows = rows
-        blocks = zip(hidden.split(rows), target.split(rows))
-        parts = [_read(F.linear(states, weight, bias), tokens, mean) for states, tokens in blocks]
+        blocks, logits = zip(hidden.split(rows), target.split(rows)), Product(weight, bias)
+        parts = [_read(logits(states), tokens, mean) for states, tokens in blocks]
         found = [None if each[0] is None else torch.cat(each) for each in zip(*parts)]
         ctx.save_for_backward(hidden, weight, bias, target, found[0])
         return tuple(found)

@@ -8,10 +8,10 @@ from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
 from fairseq_earm.ebm.energy import widen
+from fairseq_earm.ebm.products import Products, bf16_helps
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.isolation import on_its_own
 from fairseq_earm.sampling.prefill import prefill
-from fairseq_earm.sampling.products import Products, bf16_helps
 from fairseq_earm.sampling.scoring import full_logits
 from fairseq_earm.sampling.transformer_source import read_source
 from fairseq_earm.sampling.transformer_steps import TransformerSteps

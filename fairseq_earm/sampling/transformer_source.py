@@ -9,8 +9,8 @@ from fairseq.models.transformer import TransformerEncoder, TransformerEncoderBas
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor
 
+from fairseq_earm.ebm.products import Products
 from fairseq_earm.sampling.plain_layers import is_plain_stack
-from fairseq_earm.sampling.products import Products
 
 
 class Source(NamedTuple):

@@ -9,9 +9,9 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
 from fairseq_earm.ebm.energy import widen
+from fairseq_earm.ebm.products import Products
 from fairseq_earm.sampling.plain_layers import is_plain_stack
 from fairseq_earm.sampling.prefill import prefill
-from fairseq_earm.sampling.products import Products
 from fairseq_earm.sampling.scoring import full_logits
 from fairseq_earm.sampling.transformer_source import Source
 

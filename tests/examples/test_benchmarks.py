@@ -22,9 +22,9 @@ import timing  # noqa: E402
 import update  # noqa: E402
 from floor import MatrixProducts  # noqa: E402
 
+from fairseq_earm.ebm import products  # noqa: E402
+from fairseq_earm.ebm.products import bf16_helps  # noqa: E402
 from fairseq_earm.sampling.ancestral import AncestralSampler  # noqa: E402
-from fairseq_earm.sampling import products  # noqa: E402
-from fairseq_earm.sampling.products import bf16_helps  # noqa: E402
 from fairseq_earm.sampling.scoring import score_sequences  # noqa: E402
 from fairseq_earm.sampling.transformer_steps import TransformerSteps  # noqa: E402
 from tests.tiny_model import tiny_model  # noqa: E402

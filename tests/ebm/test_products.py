@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fairseq_earm.sampling import products
-from fairseq_earm.sampling.products import Product, Products, bf16_helps
+from fairseq_earm.ebm import products
+from fairseq_earm.ebm.products import Product, Products, bf16_helps
 
 
 @pytest.mark.parametrize("bias", [True, False])
