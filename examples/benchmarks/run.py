@@ -1,10 +1,12 @@
 """What E-ARM costs: tables of time and memory, each variant beside what would be run otherwise.
 
-    run.py [TABLE ...] [--full] [--threads 1] [--rounds 5] [--dtype float32] [--json FILE] [--plots FOLDER] [--checkpoint FILE --data FOLDER]
+    run.py [TABLE ...] [--full] [--threads 1] [--rounds 5] [--dtype float32] [--json FILE] [--plots FOLDER]
+           [--checkpoint FILE --data FOLDER]
     run.py TABLE --with NAME=VALUE ...
 
-Without a name, all tables. --with gives a size of one table, a parameter of its `rows`, in JSON: sizes='["iwslt"]', batches=[128]. The tables run one after the other; the variants of a table in turns, in one process, so that a busy
-machine slows all of them down. On the GPU where there is one.
+Without a name, all tables. --with gives a size of one table, a parameter of its `rows`, in JSON: sizes='["iwslt"]', batches=[128].
+The tables run one after the other; the variants of a table in turns, in one process, so that a busy machine slows all of
+them down. On the GPU where there is one.
 """
 from __future__ import annotations
 
