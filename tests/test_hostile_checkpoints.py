@@ -32,7 +32,7 @@ from fairseq_earm.sampling.frozen import load_frozen
 from tests.tiny_language import ARCH, TEXT
 from tests.tiny_translation import OPTIMISATION, command
 
-pytestmark = pytest.mark.skipif(not checks_what_it_loads(), reason="torch before 2.6 runs what a pickle tells it to")
+checked = pytest.mark.skipif(not checks_what_it_loads(), reason="torch before 2.6 runs what a pickle tells it to")
 
 
 class Call:
@@ -109,6 +109,7 @@ READERS = {
 }
 
 
+@checked
 @pytest.mark.parametrize("name", NAMES)
 def test_code_in_a_checkpoint_is_refused(tmp_path, text, name):
     """By everything that reads one, in both of torch's formats; a report says so and goes on."""
@@ -123,6 +124,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, text, name):
     assert not marker.exists()
 
 
+@checked
 def test_the_line_names_what_the_checkpoint_asks_for(tmp_path, text):
     path = saved(tmp_path, {"model": Call(os.system, "true")})
     assert "asks for posix.system" in refusal(READERS["--base-lm"], path, text)
@@ -130,6 +132,7 @@ def test_the_line_names_what_the_checkpoint_asks_for(tmp_path, text):
         checkpoint_utils.load_checkpoint_to_cpu(path)
 
 
+@checked
 @pytest.mark.parametrize("finetune", ["--restore-file", "--finetune-from-model"])
 def test_training_does_not_start_from_code(tmp_path, text, finetune):
     marker = tmp_path / "marker"
@@ -171,6 +174,7 @@ def as_numpy(module, content):
 COUNTS = {"args": argparse.Namespace(arch="transformer"), "counts": np.array([[3, 2], [1, 0]])}
 
 
+@checked
 @pytest.mark.parametrize("left_out", map(name_of, checkpoint_types()))
 def test_every_entry_of_the_list_is_needed(left_out):
     entries = [entry for entry in checkpoint_types() if name_of(entry) != left_out]
@@ -186,12 +190,14 @@ def test_every_entry_of_the_list_is_needed(left_out):
         load()
 
 
+@checked
 def test_the_list_holds_what_training_writes_and_nothing_else():
     """`torch` keeps one list for everybody: nothing of the plugin puts more onto it."""
     ours = {entry for entry in torch.serialization.get_safe_globals() if "earm" in str(entry) or "numpy" in str(entry)}
     assert {name_of(entry) for entry in ours} <= {name_of(entry) for entry in checkpoint_types()}
 
 
+@checked
 def test_counts_are_ordinary_arrays_afterwards():
     counts = torch.load(as_numpy("numpy.core.multiarray", COUNTS), weights_only=True)["counts"]
     assert isinstance(counts, Integers) and counts.dtype == np.int64
@@ -228,10 +234,12 @@ def array_of(kind=INT64, shape=(1,), content=CONTENT, fortran=False):
     return [REBUILT, b"(", operations(1), operations(shape), kind, operations(fortran), content, b"tb"]
 
 
+@checked
 def test_an_array_as_it_should_be():
     assert torch.load(raw_pickle(*array_of()), weights_only=True).tolist() == [0]
 
 
+@checked
 @pytest.mark.parametrize(
     "operations_",
     [
@@ -263,6 +271,7 @@ def test_an_array_that_is_none_is_refused(operations_):
         raise AssertionError(repr(loaded))
 
 
+@checked
 def test_a_bare_type_or_array_does_nothing():
     """What the list allows to be made by itself is empty."""
     loaded = torch.load(raw_pickle(b"cnumpy\nndarray\n)\x81"), weights_only=True)
