@@ -201,6 +201,7 @@ def test_negatives_in_bfloat16_come_from_nearly_the_same_distribution(name, monk
     criterions = [family.criterion(earm_negatives=200, earm_sampling_bf16=bf16) for bf16 in (False, True)]
     monkeypatch.setattr(products, "LEAST", 1)
     drawn = []
+    monkeypatch.setattr("fairseq_earm.sampling.decoding.LEAST", 1)
     for criterion in criterions:
         criterion.family.check(family.model)
         torch.manual_seed(1)
@@ -220,6 +221,10 @@ def test_negatives_in_bfloat16_come_from_nearly_the_same_distribution(name, monk
 def test_bfloat16_is_refused_where_nothing_would_come_of_it():
     family = FAMILIES["encoder-decoder"](rounded=False)
     criterion = family.criterion(earm_sampling_bf16=True)
+    with pytest.raises(UsageError, match="another precision than float32"):
+        criterion.family.check(family.model)
+    with pytest.raises(UsageError, match="no layer has a matrix of 131,072 elements"):
+        criterion.family.check(family.model.float())
     family.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: None)
     with pytest.raises(UsageError, match="--earm-sampling-bf16: TransformerDecoderBase, as it is set up here"):
         criterion.family.check(family.model)

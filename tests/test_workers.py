@@ -9,6 +9,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
+from fairseq_earm.errors import UsageError
 from fairseq_earm.meter_state import MeterState
 from tests.criterions.stubs import NEGATIVES, FixedSampler, batch, build
 from tests.tiny_model import tiny_model
@@ -100,6 +101,13 @@ def lose_decoder(worker):
     worker.model.decoder.register_forward_hook(broken)
 
 
+def lose_length(worker):
+    def too_long(*args, **kwargs):
+        raise UsageError("too long")
+
+    worker.criterion.family.forward_pair = too_long
+
+
 def skip(rows):
     """A task that leaves its batch out without saying so."""
     worker = Worker(rows, **MOVING)
@@ -127,6 +135,7 @@ LOSSES = {
     "negatives": lambda rows: losing(rows, lose_negatives),
     "encoder": lambda rows: losing(rows, lose_encoder),
     "decoder": lambda rows: losing(rows, lose_decoder, ValueError),
+    "length": lambda rows: losing(rows, lose_length, UsageError),
     "skips": skip,
     "dummy": be_dummy,
 }
@@ -208,7 +217,8 @@ def test_a_worker_without_a_batch_counts_for_nothing_and_is_not_waited_for(worke
 
 
 def test_an_error_stays_the_worker_s_own(workers):
-    assert [workers[1][name]["raised"] for name in ("negatives", "encoder", "decoder")] == ["CUDA out of memory."] * 2 + ["something else"]
+    raised = [workers[1][name]["raised"] for name in ("negatives", "encoder", "decoder", "length")]
+    assert raised == ["CUDA out of memory."] * 2 + ["something else", "fairseq-earm: error: too long"]
 
 
 def test_a_dummy_batch_has_a_gradient_of_zeros(workers):

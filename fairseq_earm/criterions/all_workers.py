@@ -34,7 +34,7 @@ class AllWorkers:
             self.awaited = distributed.get_data_parallel_world_size() > 1
             try:
                 result = step(*args, **kwargs)
-            except Exception:
+            except (Exception, SystemExit):  # a UsageError is the latter
                 self._join_with_nothing()
                 raise
             self._join_with_nothing()

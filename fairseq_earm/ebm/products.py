@@ -67,7 +67,7 @@ class Products(NamedTuple):
 def bf16_helps(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16 by itself."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # earlier ones only emulate it
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     return _can_pack() and supported()
 
@@ -76,9 +76,16 @@ def _worth_packing(weight: Tensor) -> bool:
     return (
         weight.numel() >= LEAST
         and weight.device.type == "cpu"
-        and not torch.is_autocast_cpu_enabled()  # which would have the product in another precision
+        and not _autocast()  # which would have the product in another precision
         and _can_pack()
     )
+
+
+def _autocast() -> bool:
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # torch before 2.4
+        return torch.is_autocast_cpu_enabled()
 
 
 def _pack(weight: Tensor) -> Tensor:

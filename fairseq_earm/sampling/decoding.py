@@ -4,16 +4,17 @@ from __future__ import annotations
 import logging
 from typing import Optional
 
+import torch
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
 from fairseq_earm.ebm.energy import widen
-from fairseq_earm.ebm.products import Products, bf16_helps
+from fairseq_earm.ebm.products import LEAST, Products, bf16_helps
 from fairseq_earm.errors import UsageError
-from fairseq_earm.sampling.isolation import on_its_own
+from fairseq_earm.sampling.isolation import gathered, on_its_own
 from fairseq_earm.sampling.prefill import prefill
 from fairseq_earm.sampling.scoring import full_logits
-from fairseq_earm.sampling.transformer_source import read_source
+from fairseq_earm.sampling.transformer_source import is_plain, read_source, source_of
 from fairseq_earm.sampling.transformer_steps import TransformerSteps
 
 logger = logging.getLogger(__name__)
@@ -66,28 +67,37 @@ def decode(decoder, encoder=None, inputs: Optional[dict] = None, *, bf16: bool =
         encoder, inputs: of an encoder-decoder model, and what the encoder is to be called with.
         bf16: have `TransformerSteps` multiply in bfloat16, but for the logits.
     """
-    if TransformerSteps.knows(decoder):
-        products = Products(bf16)
-        return TransformerSteps(decoder, None if encoder is None else read_source(encoder, inputs, products), products)
-    return StockSteps(decoder, encoder, None if encoder is None else encoder(**inputs))
+    known, products = TransformerSteps.knows(decoder), Products(bf16)
+    if encoder is None:
+        return TransformerSteps(decoder, None, products) if known else StockSteps(decoder)
+    if known and is_plain(encoder) and set(inputs) <= {"src_tokens", "src_lengths"}:
+        return TransformerSteps(decoder, read_source(encoder, inputs["src_tokens"], products), products)
+    encoder_out = encoder(**inputs)
+    source = source_of(encoder_out) if known else None
+    return StockSteps(decoder, encoder, encoder_out) if source is None else TransformerSteps(decoder, source, products)
 
 
 def check_bf16(model) -> None:
-    """Refuse --earm-sampling-bf16 where it would change nothing.
+    """Refuse --earm-sampling-bf16 where no product would be in bfloat16.
 
     Raises:
-        UsageError: a decoder that decodes in its own way, or a device without bfloat16.
+        UsageError: a decoder that decodes in its own way, a model in another precision or of small layers, or a device
+            without bfloat16.
     """
-    decoder = model.decoder
-    with on_its_own(model):
-        if not TransformerSteps.knows(decoder):
-            raise UsageError(
-                f"--earm-sampling-bf16: {type(decoder).__name__}, as it is set up here, is decoded by itself in its own precision; "
-                "leave the flag out"
-            )
-    device = next(decoder.parameters()).device
-    if not bf16_helps(device):
-        raise UsageError(f"--earm-sampling-bf16: this machine's {device.type} does not multiply in bfloat16; leave the flag out")
+    kind = type(model.decoder).__name__
+    with gathered(model), on_its_own(model):
+        known = TransformerSteps.knows(model.decoder)
+        weights = [parameter for parameter in model.decoder.layers.parameters()] if known else []
+    device = next(model.decoder.parameters()).device
+    problems = (
+        (not known, f"{kind}, as it is set up here, is decoded by itself in its own precision"),
+        (any(weight.dtype != torch.float32 for weight in weights), "the model has another precision than float32 already"),
+        (max((weight.numel() for weight in weights), default=0) < LEAST, f"no layer has a matrix of {LEAST:,} elements, where it helps"),
+        (not bf16_helps(device), f"this machine's {device.type} does not multiply in bfloat16"),
+    )
+    for problem, why in problems:
+        if problem:
+            raise UsageError(f"--earm-sampling-bf16: {why}; leave the flag out")
 
 
 _warned = set()

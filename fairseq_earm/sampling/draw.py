@@ -32,7 +32,7 @@ def draw(logits: Tensor, generator: Optional[torch.Generator] = None) -> tuple:
     behind = places >= logits.size(1)
     places = places.clamp_max(logits.size(1) - 1)
     inside = probabilities.gather(1, places).masked_fill(behind, 0.0)
-    place, _ = _locate(inside.cumsum(-1), point - before)
+    place, _ = _locate(inside.cumsum(-1), (point - before).clamp_min(0))  # a GPU's running sums need not rise all the way
     tokens = places.gather(1, place)
     return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
 

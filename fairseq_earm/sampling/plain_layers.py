@@ -12,9 +12,14 @@ def is_plain_stack(stack, layer_kind: type) -> bool:
     return (
         not stack.training
         and stack.quant_noise is None
-        and all(_is_plain_layer(layer, layer_kind) for layer in stack.layers)
+        and all(_is_plain_layer(layer, layer_kind) for layer in layers_of(stack))
         and all(map(_is_untouched, stack.modules()))
     )
+
+
+def layers_of(stack) -> list:
+    """All layers in their order. To iterate over those of a model with LayerDrop takes random numbers, also in eval mode."""
+    return list(stack.layers.children())
 
 
 def _is_plain_layer(layer, kind: type) -> bool:
@@ -34,15 +39,16 @@ def _is_plain_attention(attention) -> bool:
         and attention.bias_k is None
         and not attention.add_zero_attn
         and not getattr(attention, "use_xformers", False)
+        and not getattr(attention, "skip_embed_dim_check", False)  # heads were pruned
         and all(type(getattr(attention, name)) is nn.Linear for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
     )
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """No hooks, no other forward than its class's, no dropout that stays on."""
+    """No hooks, no method of its own in the place of its class's, no dropout that stays on."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
-        or "forward" in vars(module)
+        or any(callable(getattr(type(module), name, None)) for name in vars(module))
         or getattr(module, "apply_during_inference", False)
     )

@@ -1,7 +1,7 @@
 """The source as a plain fairseq transformer reads it, without its padding."""
 from __future__ import annotations
 
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor
 
 from fairseq_earm.ebm.products import Products
-from fairseq_earm.sampling.plain_layers import is_plain_stack
+from fairseq_earm.sampling.plain_layers import is_plain_stack, layers_of
 
 
 class Source(NamedTuple):
@@ -39,16 +39,15 @@ class Source(NamedTuple):
         return zeros.masked_fill(self.padding, -float("inf")).unsqueeze(1)
 
 
-def read_source(encoder, inputs: dict, products: Products = Products()) -> Source:
-    """What an encoder makes of `inputs`, its arguments; in its own way unless it `is_plain`."""
-    if set(inputs) <= {"src_tokens", "src_lengths"} and is_plain(encoder):
-        return _read(encoder, inputs["src_tokens"], products)
-    output = encoder(**inputs)
-    [states] = output["encoder_out"]
-    masks = output["encoder_padding_mask"]
-    padding = masks[0] if masks else torch.zeros(states.shape[1::-1], dtype=torch.bool, device=states.device)
+def source_of(encoder_out: dict) -> Optional[Source]:
+    """What an encoder of another kind made of a batch; None where it is not what fairseq's transformers return."""
+    states, masks = encoder_out.get("encoder_out", []), encoder_out.get("encoder_padding_mask", [])
+    if len(states) != 1 or states[0].dim() != 3:
+        return None
+    none = torch.zeros(states[0].shape[1::-1], dtype=torch.bool, device=states[0].device)
+    padding = none if len(masks) == 0 or masks[0] is None else masks[0].bool()
     places = (~padding).flatten().nonzero().squeeze(1)
-    return Source(states.transpose(0, 1).flatten(0, 1)[places], places, padding)
+    return Source(states[0].transpose(0, 1).flatten(0, 1)[places], places, padding)
 
 
 def is_plain(encoder) -> bool:
@@ -60,12 +59,13 @@ def is_plain(encoder) -> bool:
     )
 
 
-def _read(encoder, src_tokens: Tensor, products: Products) -> Source:
+def read_source(encoder, src_tokens: Tensor, products: Products = Products()) -> Source:
+    """What an encoder that `is_plain` makes of (B, S) tokens."""
     padding = src_tokens.eq(encoder.padding_idx)
     places = (~padding).flatten().nonzero().squeeze(1)
     embedded, _ = encoder.forward_embedding(src_tokens, None)
     source = Source(embedded.flatten(0, 1)[places], places, padding)
-    for layer in encoder.layers:
+    for layer in layers_of(encoder):
         source = source._replace(states=_layer(layer, source, products))
     return source if encoder.layer_norm is None else source._replace(states=encoder.layer_norm(source.states))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fairseq_earm.ebm.energy import widen
 from fairseq_earm.ebm.products import Products
-from fairseq_earm.sampling.plain_layers import is_plain_stack
+from fairseq_earm.sampling.plain_layers import is_plain_stack, layers_of
 from fairseq_earm.sampling.prefill import prefill
 from fairseq_earm.sampling.scoring import full_logits
 from fairseq_earm.sampling.transformer_source import Source
@@ -36,7 +36,7 @@ class TransformerSteps:
         self.decoder = decoder
         padded = source is not None and bool(source.padding.any())
         self.source_bias = source.bias(source.states.dtype) if padded else None
-        self.layers = [_Layer(layer, source, products) for layer in decoder.layers]
+        self.layers = [_Layer(layer, source, products) for layer in layers_of(decoder)]
         projection = getattr(decoder, "output_projection", None)
         self.projection = Products().of(projection) if type(projection) is nn.Linear else None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fairseq_earm.sampling.decoding import StockSteps
-from fairseq_earm.sampling.transformer_source import is_plain, read_source
+from fairseq_earm.sampling.decoding import StockSteps, decode
+from fairseq_earm.sampling.transformer_source import is_plain, read_source, source_of
 from fairseq_earm.sampling.transformer_steps import FIRST_STEPS, TransformerSteps
 from tests.tiny_language import ADAPTIVE, TIED, tiny_language_model
 from tests.tiny_model import tiny_batch, tiny_model
@@ -29,7 +29,7 @@ def both(model, inputs=None):
     if inputs is None:
         return TransformerSteps(model.decoder), StockSteps(model.decoder)
     assert is_plain(model.encoder)
-    source = read_source(model.encoder, inputs)
+    source = read_source(model.encoder, inputs["src_tokens"])
     return TransformerSteps(model.decoder, source), StockSteps(model.decoder, model.encoder, model.encoder(**inputs))
 
 
@@ -111,13 +111,18 @@ def test_the_source_is_read_as_fairseq_reads_it(name, lengths):
     model = tiny_model(words=9, **TRANSLATION[name])
     inputs = tiny_batch(model, lengths)
     output = model.encoder(**inputs)
-    source = read_source(model.encoder, inputs)
+    source = read_source(model.encoder, inputs["src_tokens"])
     assert torch.equal(source.padding, output["encoder_padding_mask"][0])
     assert torch.allclose(source.spread(source.states)[~source.padding], output["encoder_out"][0].transpose(0, 1)[~source.padding])
     hook = model.encoder.register_forward_hook(lambda *_: None)
     assert not is_plain(model.encoder)
-    assert torch.allclose(read_source(model.encoder, inputs).states, source.states)
+    other = decode(model.decoder, model.encoder, inputs)  # its own output, read by the quick decoder
+    assert isinstance(other, TransformerSteps)
+    assert torch.allclose(source_of(output).states, source.states)
     hook.remove()
+    output["encoder_padding_mask"] = [None]
+    assert torch.allclose(source_of(output).states.view(-1, 8), output["encoder_out"][0].transpose(0, 1).reshape(-1, 8))
+    assert source_of({"encoder_out": []}) is None
 
 
 def test_what_is_not_fairseqs_own_is_decoded_by_fairseq():
@@ -125,6 +130,8 @@ def test_what_is_not_fairseqs_own_is_decoded_by_fairseq():
         "training": lambda model: model.train(),
         "hook": lambda model: model.decoder.layers[0].fc1.register_forward_hook(lambda *_: None),
         "earlier hook": lambda model: model.decoder.layers[0].register_forward_pre_hook(lambda *_: None),
+        "another method": lambda model: setattr(model.decoder, "extract_features", model.decoder.extract_features),
+        "pruned heads": lambda model: model.decoder.layers[0].self_attn._set_skip_embed_dim_check(),
         "forward": lambda model: setattr(model.decoder, "forward", model.decoder.forward),
         "decoder": lambda model: setattr(model.decoder, "__class__", type("Mine", (type(model.decoder),), {})),
         "layer": lambda model: setattr(model.decoder.layers[0], "__class__", type("Mine", (type(model.decoder.layers[0]),), {})),
@@ -139,3 +146,12 @@ def test_what_is_not_fairseqs_own_is_decoded_by_fairseq():
         assert not TransformerSteps.knows(model.decoder), name
     for settings in ({"cross_self_attention": True}, {"quant_noise_pq": 0.1}, {"scale_attn": True}, {"scale_heads": True}):
         assert not TransformerSteps.knows(tiny_model(**settings).decoder), settings
+
+
+def test_nothing_is_drawn_to_look_at_a_model_with_layerdrop():
+    model = tiny_model(decoder_layerdrop=0.5, encoder_layerdrop=0.5)
+    before = torch.get_rng_state()
+    assert TransformerSteps.knows(model.decoder) and is_plain(model.encoder)
+    with torch.no_grad():
+        read_source(model.encoder, tiny_batch(model)["src_tokens"])
+    assert torch.equal(torch.get_rng_state(), before)
