@@ -59,7 +59,7 @@ def _copied(original: Callable) -> Callable:
     from fairseq.file_io import PathManager
 
     def copy(src_path, dst_path, overwrite=False):
-        if not PathManager.supports_rename(dst_path):
+        if not overwrite or not PathManager.isfile(src_path) or not PathManager.supports_rename(dst_path):
             return original(src_path, dst_path, overwrite)
 
         def write(path):

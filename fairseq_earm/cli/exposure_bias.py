@@ -39,8 +39,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if plot:
             with writing("--plot", args.plot):
                 plot.ratios_by_position(report["by_position"], args.plot)
-        if work:
+        if args.json:
             write_json(args.json, report)
+        if work:
             work.remove()
 
 

@@ -40,8 +40,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             "settings": {"path": args.path, "energy_path": args.energy_path, **settings},
         }
         print(_table(report))
-        if work:
+        if args.json:
             write_json(args.json, report)
+        if work:
             work.remove()
 
 

@@ -8,7 +8,7 @@ import zlib
 from typing import ContextManager, Dict, Optional
 
 from fairseq_earm.errors import UsageError
-from fairseq_earm.evaluation.whole_file import hold
+from fairseq_earm.evaluation.whole_file import is_device, open_alone
 
 
 CHECKSUM = "crc32"
@@ -16,8 +16,8 @@ BEGINNING = b'{"settings": '
 
 
 def open_work(json_path: Optional[str], settings: dict) -> ContextManager[Optional["WorkFile"]]:
-    """The work file of a command's --json, as a context: JSON_PATH.partial; none without --json."""
-    if not json_path:
+    """The work file of a command's --json, as a context: JSON_PATH.partial; none without --json, or where it is a pipe."""
+    if not json_path or is_device(json_path):
         return contextlib.nullcontext()
     return WorkFile(f"{json_path}.partial", settings, flag=f"--json {json_path}")
 
@@ -64,11 +64,10 @@ class WorkFile:
         self.records: Dict[int, dict] = {}
         settings = json.loads(json.dumps(settings))
         try:
-            self._file = open(path, "ab+")
+            self._file = open_alone(path, "ab+")
         except OSError as error:
             raise self._cannot_write(error) from None
         try:
-            hold(self._file)
             if not self._read(settings):
                 self._write({"settings": settings})
         except OSError as error:
@@ -96,7 +95,8 @@ class WorkFile:
 
     def remove(self) -> None:
         """Delete the file: the work is done and its results are elsewhere."""
-        os.remove(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.path)
 
     def _read(self, settings: dict) -> bool:
         """Whether there is anything in the file."""

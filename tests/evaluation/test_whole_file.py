@@ -2,12 +2,16 @@
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
 from fairseq_earm.cli.common import check_json, write_text
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation import whole_file as module
 from fairseq_earm.evaluation.whole_file import whole_file
+from tests.evaluation.racing import meanwhile
 
 
 def test_until_all_is_written_the_former_file_stays(tmp_path):
@@ -68,6 +72,49 @@ def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path):
     write_text(str(tmp_path / "pipe"), "new")
     assert os.read(reader, 9) == b"new" and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
     os.close(reader)
+
+
+PRINTING = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("whole_file", {module.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print("before")
+with module.whole_file(sys.argv[1]) as file:
+    file.write(b"written" + b"." * 9 + b"\\n")
+print("after")
+"""
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("shell", ['"$@" | cat', '"$@" > file; cat file'], ids=["pipe", "file"])
+def test_standard_output_keeps_what_else_is_printed(tmp_path, name, shell):
+    command = ["bash", "-c", shell, "bash", sys.executable, "-c", PRINTING, name]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ("before\nwritten.........\nafter\n", "")
+    assert os.listdir(tmp_path) in ([], ["file"])
+
+
+def test_a_pipe_that_the_shell_opened_is_written_to(tmp_path):
+    reader, writer = os.pipe()
+    write_text(f"/dev/fd/{writer}", "new")
+    assert os.read(reader, 9) == b"new"
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("ends", [os.replace, lambda unfinished, path: os.remove(unfinished)], ids=["renames", "deletes"])
+def test_another_writer_who_ends_between_opening_and_locking(tmp_path, monkeypatch, ends):
+    path = tmp_path / "page.html"
+    unfinished = tmp_path / "page.html.writing"
+    unfinished.write_text("theirs")
+    meanwhile(monkeypatch, lambda: ends(unfinished, path))
+    with whole_file(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert not path.exists() or path.read_text() == "theirs"
+        assert unfinished.read_text() == "new"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["page.html"]
 
 
 def test_a_full_device_is_one_line():

@@ -8,6 +8,7 @@ import pytest
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.work_file import WorkFile, open_work
+from tests.evaluation.racing import meanwhile
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
@@ -61,3 +62,18 @@ def test_a_refused_file_may_be_opened_afresh(tmp_path):
     with WorkFile(str(tmp_path / "file"), {"seed": 1}, flag="--json") as work:
         work.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_another_process_that_ends_between_opening_and_locking(tmp_path, monkeypatch):
+    path = tmp_path / "out.json.partial"
+    meanwhile(monkeypatch, path.unlink)
+    with open_work(str(tmp_path / "out.json"), {}) as work:
+        work.add({"index": 3})
+        assert b'"index": 3' in path.read_bytes()
+        path.unlink()
+        work.remove()
+
+
+def test_a_pipe_has_no_work_file():
+    with open_work("/dev/stdout", {}) as work:
+        assert work is None
