@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 # Elements of a weight from which on its order and its precision matter: below, the call itself costs as much.
 LEAST = 2**17
+# Rows of one packed product. oneDNN compiles a kernel of half a megabyte for each number of rows that it meets.
+WHOLE_BLOCKS, STEP = (512, 128), 8
 
 
 class Product:
@@ -35,11 +37,36 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         """(R, in) to (R, out)."""
         read = x.bfloat16() if self.bf16 else x
-        if self.packed is None:
-            found = F.linear(read, self.weight, self.bias)
-        else:
-            found = torch.ops.mkldnn._linear_pointwise(read, self.packed, self.bias, "none", [], "")
+        found = F.linear(read, self.weight, self.bias) if self.packed is None else self._in_blocks(read)
         return found.to(x.dtype) if self.bf16 else found
+
+    def _in_blocks(self, x: Tensor) -> Tensor:
+        sizes = block_sizes(x.size(0))
+        if len(sizes) == 1:
+            return self._multiply(x)
+        found = x.new_empty(x.size(0), self.weight.size(0))
+        for block, place in zip(x.split(sizes), found.split(sizes)):
+            place.copy_(self._multiply(block))
+        return found
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        rows = x.size(0)
+        padded = F.pad(x, (0, 0, 0, kernel_rows(rows) - rows))
+        return torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")[:rows]
+
+
+def block_sizes(rows: int) -> List[int]:
+    """Rows, of which there may be any number, as blocks of few sizes: whole ones, and one of what is left."""
+    sizes = []
+    for whole in WHOLE_BLOCKS:
+        sizes += [whole] * (rows // whole)
+        rows %= whole
+    return sizes + [rows] if rows or not sizes else sizes
+
+
+def kernel_rows(rows: int) -> int:
+    """Rows of the kernel that takes a block of `rows`: as many, or a few more."""
+    return 1 << max(rows - 1, 0).bit_length() if rows <= STEP else -(-rows // STEP) * STEP
 
 
 class Products(NamedTuple):

@@ -10,7 +10,7 @@ from fairseq_earm.ebm.products import Product, Products, bf16_helps
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("rows", [0, 1, 3, 7, 64, 130, 700])
 def test_large_and_small_weights_give_the_product(rows, bias):
     torch.manual_seed(1)
     for out, inside in ((1024, 256), (5, 3)):
@@ -20,6 +20,17 @@ def test_large_and_small_weights_give_the_product(rows, bias):
         exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
         assert torch.allclose(product(x).double(), exact, rtol=1e-4, atol=1e-4)
         assert (product.packed is not None) is (products._can_pack() and weight.numel() >= products.LEAST)
+
+
+def test_any_number_of_rows_takes_few_kernels():
+    """A kernel is kept for each number of rows: in training that would be hundreds of megabytes."""
+    kernels = set()
+    for rows in range(5000):
+        sizes = products.block_sizes(rows)
+        assert sum(sizes) == rows
+        kernels |= {products.kernel_rows(size) for size in sizes}
+        assert all(size <= products.kernel_rows(size) < size + products.STEP for size in sizes)
+    assert len(kernels) < 25
 
 
 def test_only_what_gains_is_packed():
