@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from fairseq_earm.sampling import isolation
 from fairseq_earm.sampling.ancestral import AncestralSampler
 from tests.known_negatives import known_negatives
-from tests.tiny_translation import PLUGIN, train, train_arguments, used_weights
+from tests.tiny_translation import ARCH, PLUGIN, train, train_arguments, used_weights
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 WORKERS = ["--distributed-world-size", 2, "--distributed-backend", "gloo", "--distributed-init-method", "env://"]
@@ -31,7 +31,7 @@ EARM = ["--criterion", "earm_cross_entropy", "--earm-start-update", 1, "--earm-w
 IN_ORDER = ["--curriculum", 1, "--dropout", 0, "--label-smoothing", 0.1, "--earm-normalizer-ema", 0.5]
 
 
-def run_workers(folder, arguments, environment):
+def end_of_workers(folder, arguments, environment):
     """Exit status of two workers of `distributed_worker.py` and what they printed; none outlives the deadline."""
     # Underscores: torch before 2.0 knows no dashes here.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -46,13 +46,20 @@ def run_workers(folder, arguments, environment):
     return process.returncode, printed
 
 
-def train_on_two(tiny, folder, *backend, **environment):
+def run_workers(folder, arguments, **environment):
+    """What two workers printed that come to a good end; `environment` is for `distributed_worker.py`."""
+    status, printed = end_of_workers(folder, arguments, environment)
+    assert status == 0, printed[-3000:]
+    return printed
+
+
+def train_on_two(tiny, folder, *backend, arch=ARCH, **environment):
     """What two workers printed and left behind after an epoch that uses E-ARM from its second update on.
 
     `backend` is the one to train with, and further flags; `environment` is for `distributed_worker.py`.
     """
-    status, printed = run_workers(folder, train_arguments(tiny, folder / "out", *EARM, "--ddp-backend", *backend, *WORKERS), environment)
-    assert status == 0, printed[-3000:]
+    flags = [*EARM, "--ddp-backend", *backend, *WORKERS]
+    printed = run_workers(folder, train_arguments(tiny, folder / "out", *flags, arch=arch), **environment)
     return printed, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -147,7 +154,7 @@ def test_a_worker_out_of_memory_loses_its_batch_and_no_one_waits(tiny, tmp_path)
 
 def test_a_worker_s_error_ends_the_run(tiny, tmp_path):
     arguments = train_arguments(tiny, tmp_path / "out", *EARM, "--ddp-backend", "legacy_ddp", *WORKERS)
-    status, printed = run_workers(tmp_path, arguments, {"FAULT": "error"})
+    status, printed = end_of_workers(tmp_path, arguments, {"FAULT": "error"})
     assert status != 0 and "ValueError: something else" in printed
     assert not (tmp_path / "out" / "checkpoint_last.pt").exists()
 

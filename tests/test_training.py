@@ -165,6 +165,6 @@ def test_other_models_train_and_are_sampled_exactly(tiny, tmp_path, arch):
 
 
 def test_a_model_without_incremental_decoding_is_said_to_be_slow(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("fairseq_earm.sampling.ancestral._warned", set())
+    monkeypatch.setattr("fairseq_earm.sampling.decoding._warned", set())
     run = train(tiny, tmp_path, *FROM_THE_FIRST, "--max-update", 1, arch=WITHOUT_CACHE)
     assert [line for line in run.warnings() if "no incremental decoding" in line and line.startswith("FConvDecoder")]
