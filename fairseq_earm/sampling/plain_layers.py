@@ -46,9 +46,10 @@ def _is_plain_attention(attention) -> bool:
 
 def _is_untouched(module: nn.Module) -> bool:
     """No hooks, no method of its own in the place of its class's, no dropout that stays on."""
+    own = [value for name, value in vars(module).items() if callable(getattr(type(module), name, None))]
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
-        or any(callable(getattr(type(module), name, None)) for name in vars(module))
+        or not all(getattr(method, "plain_in_eval_mode", False) for method in own)
         or getattr(module, "apply_during_inference", False)
     )

@@ -174,6 +174,8 @@ def scheduled_sampling(model, probability: float, predictions: Predictions, *, g
 class _TwoPasses:
     """Stands in for a decoder's forward."""
 
+    plain_in_eval_mode = True  # for `sampling.plain_layers`
+
     def __init__(self, decoder, probability: float, predictions: Predictions, given: int):
         self.decoder = decoder
         self.forward = decoder.forward

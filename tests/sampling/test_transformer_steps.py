@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fairseq_earm.sampling.decoding import StockSteps, decode
+from fairseq_earm.sampling.scheduled import Predictions, scheduled_sampling
 from fairseq_earm.sampling.transformer_source import is_plain, read_source, source_of
 from fairseq_earm.sampling.transformer_steps import FIRST_STEPS, TransformerSteps
 from tests.tiny_language import ADAPTIVE, TIED, tiny_language_model
@@ -146,6 +147,13 @@ def test_what_is_not_fairseqs_own_is_decoded_by_fairseq():
         assert not TransformerSteps.knows(model.decoder), name
     for settings in ({"cross_self_attention": True}, {"quant_noise_pq": 0.1}, {"scale_attn": True}, {"scale_heads": True}):
         assert not TransformerSteps.knows(tiny_model(**settings).decoder), settings
+
+
+def test_scheduled_sampling_leaves_drawing_alone():
+    """A model is decoded in the same way with it and without, and so draws the same."""
+    model = tiny_model()
+    with scheduled_sampling(model, 0.5, Predictions()):
+        assert "forward" in vars(model.decoder) and TransformerSteps.knows(model.decoder)
 
 
 def test_nothing_is_drawn_to_look_at_a_model_with_layerdrop():
