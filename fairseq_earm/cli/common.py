@@ -12,7 +12,7 @@ import torch
 from fairseq.data import Dictionary
 
 from fairseq_earm.errors import UsageError, reason
-from fairseq_earm.evaluation.whole_file import whole_file
+from fairseq_earm.evaluation.whole_file import is_device, whole_file
 
 
 def device(args: argparse.Namespace) -> torch.device:
@@ -72,8 +72,7 @@ def check_json(path: Optional[str], *, flag: str = "--json") -> None:
         raise UsageError(f"{flag} {path}: there is no such folder; create it first")
     if os.path.isdir(path):
         raise UsageError(f"{flag} {path} cannot be written: it is a folder; give a file")
-    is_device = os.path.exists(path) and not os.path.isfile(path)
-    if not os.access(path if is_device else folder, os.W_OK):
+    if not os.access(path if is_device(path) else folder, os.W_OK):
         raise UsageError(f"{flag} {path} cannot be written: {folder} may not be written to; give another, or leave to write")
 
 

@@ -90,7 +90,7 @@ class AncestralSampler:
             if remaining == 0:
                 break
             if remaining < rows.numel() and remaining <= (1 - decoding.dead_share) * rows.numel():
-                kept = _closed_up(live)
+                kept = _closed_up(live, remaining)
                 decoding.select(kept)
                 rows, live = rows[kept], live[kept]
 
@@ -110,9 +110,8 @@ def max_lengths(source_lengths: Tensor, max_len_a: float, max_len_b: int, decode
     return limits if positions is None else limits.clamp_max(int(positions) - 1)
 
 
-def _closed_up(live: Tensor) -> Tensor:
-    """Rows that are live, the last ones of them in the places of those that are not."""
-    count = int(live.sum())
+def _closed_up(live: Tensor, count: int) -> Tensor:
+    """The `count` rows that are live, the last ones of them in the places of those that are not."""
     gaps = (~live[:count]).nonzero().squeeze(1)
     kept = torch.arange(count, device=live.device)
     kept[gaps] = live[count:].nonzero().squeeze(1) + count

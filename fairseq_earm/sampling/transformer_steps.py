@@ -74,9 +74,9 @@ class TransformerSteps:
         """As `StockSteps.select`."""
         if self.source_bias is not None:
             self.source_bias = self.source_bias.index_select(0, rows)
-        fewer = _moves(rows)
+        moves = _moves(rows)
         for layer in self.layers:
-            layer.select(rows, fewer)
+            layer.select(rows, moves)
 
     def _embed(self, prefixes: Tensor) -> Tensor:
         """(R, C) the last tokens' embeddings, at their position."""
@@ -143,7 +143,7 @@ class _Layer:
             self.steps = keys_and_values.size(3)
             self.cache = torch.cat([keys_and_values, torch.empty_like(keys_and_values)], 3)
 
-    def select(self, rows: Tensor, moves: Optional[tuple]) -> None:
+    def select(self, rows: Tensor, moves: tuple) -> None:
         for name in ("cache", "memory"):
             kept = getattr(self, name)
             if kept is not None:
@@ -161,14 +161,14 @@ def _attend(queries: Tensor, keys_and_values: Tensor, bias: Optional[Tensor] = N
     return torch.bmm(shares, values).view(queries.size(0), -1)
 
 
-def _moves(rows: Tensor) -> Optional[tuple]:
+def _moves(rows: Tensor) -> tuple:
     """Where rows must be moved from and to so that the first ones are `rows`."""
     places = torch.arange(rows.numel(), device=rows.device)
     moved = rows != places
     return rows[moved], places[moved]
 
 
-def _pick(kept: Tensor, rows: Tensor, moves, steps: int) -> Tensor:
+def _pick(kept: Tensor, rows: Tensor, moves: tuple, steps: int) -> Tensor:
     """Rows of (2, R, heads, steps, D): in place as long as they do not become more."""
     if rows.numel() > kept.size(1):
         return kept.index_select(1, rows)
