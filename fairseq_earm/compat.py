@@ -11,6 +11,7 @@ import os
 import sys
 from typing import Callable, Tuple
 
+from fairseq_earm.compat_exit import end_batch_threads
 from fairseq_earm.compat_optimizer import fitting_state
 from fairseq_earm.compat_versions import check_versions, parse, warn_once
 from fairseq_earm.errors import UsageError
@@ -36,6 +37,7 @@ def apply() -> None:
     write_checkpoints_whole()
     train_adaptive_softmax_as_a_whole()
     take_paths_with_colons()
+    end_batch_threads()
 
 
 def restore_numpy_names() -> None:
