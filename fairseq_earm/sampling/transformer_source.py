@@ -1,7 +1,7 @@
 """The source as a plain fairseq transformer reads it, without its padding."""
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from fairseq.models.transformer import TransformerEncoder, TransformerEncoderBas
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor
 
-from fairseq_earm.ebm.products import Products
+from fairseq_earm.ebm.products import Products, block_sizes
 from fairseq_earm.sampling.plain_layers import is_plain_stack, layers_of
 
 
@@ -26,12 +26,20 @@ class Source(NamedTuple):
     places: Tensor
     padding: Tensor
 
-    def spread(self, values: Tensor) -> Tensor:
-        """(N, ...) values in their places: (B, S, ...), zero at padding."""
-        shape = (*self.padding.shape, *values.shape[1:])
-        if self.places.numel() == self.padding.numel():
-            return values.reshape(shape)
-        return values.new_zeros(self.padding.numel(), *values.shape[1:]).index_copy_(0, self.places, values).view(shape)
+    def spread(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, S, out) what a function of single states makes of all, each in its place, zero at padding."""
+        found = None
+        for states, places in self.blocks(self.states, self.places):
+            part = function(states)
+            found = part.new_zeros(self.padding.numel(), part.size(1)) if found is None else found
+            found.index_copy_(0, places, part)
+        return found.view(*self.padding.shape, -1)
+
+    def blocks(self, *values: Tensor) -> Iterator[Tuple[Tensor, ...]]:
+        """(N, ...) values, on a CPU block by block as products take them: each stays in the cache from one to the next."""
+        rows = self.places.numel()
+        sizes = block_sizes(rows) if self.places.device.type == "cpu" else [rows]
+        return zip(*(each.split(sizes) for each in values))
 
     def bias(self, dtype) -> Tensor:
         """(B, 1, S) what attention adds to its scores: minus infinity at padding."""
@@ -72,19 +80,35 @@ def read_source(encoder, src_tokens: Tensor, products: Products = Products()) ->
 
 def _layer(layer, source: Source, products: Products) -> Tensor:
     """(N, C) one layer's output."""
-    before, residual = layer.normalize_before, source.states
-    norm = layer.self_attn_layer_norm
-    read = source._replace(states=norm(residual)) if before else source
-    found = residual + _attend(layer.self_attn, read, products)
-    residual = found if before else norm(found)
-    norm, inner, outer = layer.final_layer_norm, products.of(layer.fc1), products.of(layer.fc2)
-    found = residual + outer(layer.activation_fn(inner(norm(residual) if before else residual)))
-    return found if before else norm(found)
+    mixed = _attend(layer, source, products)
+    rest = _AfterAttention(layer, products)
+    return torch.cat([rest(*block) for block in source.blocks(source.states, mixed)])
 
 
-def _attend(attention, source: Source, products: Products) -> Tensor:
-    """(N, C) each token's attention to its own sentence."""
-    found = products.joined([attention.q_proj, attention.k_proj, attention.v_proj])(source.states)
-    parts: Tuple[Tensor, ...] = source.spread(found.unflatten(1, (3, attention.num_heads, -1))).permute(2, 0, 3, 1, 4).unbind()
+def _attend(layer, source: Source, products: Products) -> Tensor:
+    """(N, C) each token's attention to its own sentence, its heads side by side."""
+    attention = layer.self_attn
+    if layer.normalize_before:
+        source = source._replace(states=layer.self_attn_layer_norm(source.states))
+    found = source.spread(products.joined([attention.q_proj, attention.k_proj, attention.v_proj]))
+    parts = found.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     mixed = F.scaled_dot_product_attention(*parts, attn_mask=source.bias(found.dtype).unsqueeze(1))  # (B, heads, S, D)
-    return products.of(attention.out_proj)(mixed.transpose(1, 2).flatten(2).flatten(0, 1)[source.places])
+    return mixed.transpose(1, 2).flatten(2).flatten(0, 1)[source.places]
+
+
+class _AfterAttention:
+    """What a layer does with each token alone."""
+
+    def __init__(self, layer, products: Products):
+        self.layer = layer
+        self.out = products.of(layer.self_attn.out_proj)
+        self.inner, self.outer = products.of(layer.fc1), products.of(layer.fc2)
+
+    def __call__(self, residual: Tensor, mixed: Tensor) -> Tensor:
+        """(R, C) inputs of the layer and what attention made of them, to (R, C)."""
+        layer, before = self.layer, self.layer.normalize_before
+        found = residual + self.out(mixed)
+        residual = found if before else layer.self_attn_layer_norm(found)
+        norm = layer.final_layer_norm
+        found = residual + self.outer(layer.activation_fn(self.inner(norm(residual) if before else residual)))
+        return found if before else norm(found)

@@ -180,5 +180,5 @@ def _pick(kept: Tensor, rows: Tensor, moves: tuple, steps: int) -> Tensor:
 
 def _keys_and_values(attention, source: Source, products: Products) -> Tensor:
     """(2, B, heads, S, D) of the source."""
-    found = products.joined([attention.k_proj, attention.v_proj])(source.states)
-    return source.spread(found.unflatten(1, (2, attention.num_heads, -1))).permute(2, 0, 3, 1, 4).contiguous()
+    found = source.spread(products.joined([attention.k_proj, attention.v_proj]))
+    return found.unflatten(2, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()

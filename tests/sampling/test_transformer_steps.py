@@ -106,7 +106,7 @@ def test_autocast_is_as_it_is_for_fairseq():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lengths", [(3, 2, 4), (3, 3, 3)], ids=["padded", "no padding"])
+@pytest.mark.parametrize("lengths", [(3, 2, 4), (3, 3, 3), (90, 40, 71)], ids=["padded", "no padding", "several blocks"])
 @pytest.mark.parametrize("name", ["as it comes", "normalised before", "normalised embedding"])
 def test_the_source_is_read_as_fairseq_reads_it(name, lengths):
     model = tiny_model(words=9, **TRANSLATION[name])
@@ -114,7 +114,7 @@ def test_the_source_is_read_as_fairseq_reads_it(name, lengths):
     output = model.encoder(**inputs)
     source = read_source(model.encoder, inputs["src_tokens"])
     assert torch.equal(source.padding, output["encoder_padding_mask"][0])
-    assert torch.allclose(source.spread(source.states)[~source.padding], output["encoder_out"][0].transpose(0, 1)[~source.padding])
+    assert torch.allclose(source.spread(lambda states: states)[~source.padding], output["encoder_out"][0].transpose(0, 1)[~source.padding])
     hook = model.encoder.register_forward_hook(lambda *_: None)
     assert not is_plain(model.encoder)
     other = decode(model.decoder, model.encoder, inputs)  # its own output, read by the quick decoder
