@@ -1,7 +1,7 @@
 """Step-wise decoding of a plain fairseq transformer, at little more than the cost of its matrix products."""
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from fairseq.models.transformer import TransformerDecoder, TransformerDecoderBase
@@ -16,6 +16,7 @@ from fairseq_earm.sampling.scoring import full_logits
 from fairseq_earm.sampling.transformer_source import Source
 
 FIRST_STEPS = 32  # that a cache has room for at first; it doubles when they are taken
+WIDE = 128  # dimensions of a head from which on a CPU sums the source's values faster where they lie dimension by dimension
 
 
 class TransformerSteps:
@@ -100,7 +101,7 @@ class _Layer:
         self.own_out = products.of(layer.self_attn.out_proj)
         self.cache: Optional[Tensor] = None  # (2, R, heads, steps, C / heads): keys and values of past steps
         self.steps = 0
-        self.memory: Optional[Tensor] = None  # (2, R, heads, S, C / heads): those of the source
+        self.memory: Optional[Tuple[Tensor, ...]] = None  # those of the source, as `_keys_and_values` gives them
         if layer.encoder_attn is not None and source is not None:
             self.query = products.joined([layer.encoder_attn.q_proj], (layer.encoder_attn.scaling,))
             self.memory = _keys_and_values(layer.encoder_attn, source, products)
@@ -115,7 +116,8 @@ class _Layer:
         if self.memory is not None:
             residual, norm = x, layer.encoder_attn_layer_norm
             queries = self.query(norm(x) if before else x).unflatten(1, (self.heads, -1))
-            found = residual + self.memory_out(_attend(queries, self.memory, source_bias))
+            keys, values = self.memory
+            found = residual + self.memory_out(_attend(queries, keys, values if _are_wide(queries) else values.mT, source_bias))
             x = found if before else norm(found)
         residual, norm = x, layer.final_layer_norm
         found = residual + self.outer(layer.activation_fn(self.inner(norm(x) if before else x)))
@@ -127,7 +129,8 @@ class _Layer:
         self._make_room(found, step)
         self.cache[:, :, :, step].copy_(found[:, 1:].transpose(0, 1))
         self.steps = step + 1
-        return _attend(found[:, 0], self.cache[:, :, :, : self.steps])
+        keys, values = self.cache[:, :, :, : self.steps]
+        return _attend(found[:, 0], keys, values.mT)
 
     def _make_room(self, found: Tensor, step: int) -> None:
         if self.cache is None:
@@ -144,21 +147,24 @@ class _Layer:
             self.cache = torch.cat([keys_and_values, torch.empty_like(keys_and_values)], 3)
 
     def select(self, rows: Tensor, moves: tuple) -> None:
-        for name in ("cache", "memory"):
-            kept = getattr(self, name)
-            if kept is not None:
-                setattr(self, name, _pick(kept, rows, moves, self.steps if name == "cache" else kept.size(3)))
+        if self.cache is not None:
+            self.cache = _pick(self.cache, 1, rows, moves, self.steps)
+        if self.memory is not None:
+            self.memory = tuple(_pick(kept, 0, rows, moves) for kept in self.memory)
 
 
-def _attend(queries: Tensor, keys_and_values: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """(R, C) of one query a row (R, heads, D), already scaled, over (2, R, heads, steps, D)."""
-    keys, values = (part.flatten(0, 1) for part in keys_and_values)
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """(R, C) of one query a row (R, heads, D), already scaled, over keys (R, heads, steps, D) and values (R, heads, D, steps)."""
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     # Keys times query, not query times keys: read in the order in which they lie, up to four times as fast on a CPU.
     scores = torch.bmm(keys, queries.reshape(keys.size(0), 1, -1).transpose(1, 2)).transpose(1, 2)
     if bias is not None:
         scores = (scores.view(*queries.shape[:2], -1) + bias).view_as(scores)
     shares = scores.softmax(-1, dtype=torch.float32).to(values)
-    return torch.bmm(shares, values).view(queries.size(0), -1)
+    # Likewise: a product from the left of what lies step by step, one from the right of what lies dimension by dimension.
+    if values.stride(1) == 1:
+        return torch.bmm(shares, values.mT).view(queries.size(0), -1)
+    return torch.bmm(values, shares.mT).view(queries.size(0), -1)
 
 
 def _moves(rows: Tensor) -> tuple:
@@ -168,17 +174,23 @@ def _moves(rows: Tensor) -> tuple:
     return rows[moved], places[moved]
 
 
-def _pick(kept: Tensor, rows: Tensor, moves: tuple, steps: int) -> Tensor:
-    """Rows of (2, R, heads, steps, D): in place as long as they do not become more."""
-    if rows.numel() > kept.size(1):
-        return kept.index_select(1, rows)
+def _pick(kept: Tensor, dim: int, rows: Tensor, moves: tuple, steps: Optional[int] = None) -> Tensor:
+    """Rows, which are dimension `dim`, of (..., heads, steps, D): in place as long as they do not become more."""
+    if rows.numel() > kept.size(dim):
+        return kept.index_select(dim, rows)
     origin, place = moves
-    used = kept[:, :, :, :steps]
-    used[:, place] = used[:, origin]
-    return kept[:, : rows.numel()]
+    used = (kept if steps is None else kept[..., :steps, :]).movedim(dim, 0)
+    used[place] = used[origin]
+    return kept.narrow(dim, 0, rows.numel())
 
 
-def _keys_and_values(attention, source: Source, products: Products) -> Tensor:
-    """(2, B, heads, S, D) of the source."""
+def _keys_and_values(attention, source: Source, products: Products) -> Tuple[Tensor, Tensor]:
+    """Keys and values (B, heads, S, D) of the source; the values of wide heads as (B, heads, D, S)."""
     found = source.spread(products.joined([attention.k_proj, attention.v_proj]))
-    return found.unflatten(2, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+    keys, values = found.unflatten(2, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return keys.contiguous(), (values.mT if _are_wide(values) else values).contiguous()
+
+
+def _are_wide(heads: Tensor) -> bool:
+    """Of (..., D)."""
+    return heads.size(-1) >= WIDE

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fairseq_earm.sampling import transformer_steps
 from fairseq_earm.sampling.decoding import StockSteps, decode
 from fairseq_earm.sampling.scheduled import Predictions, scheduled_sampling
 from fairseq_earm.sampling.transformer_source import is_plain, read_source, source_of
@@ -51,7 +52,9 @@ def select(ways, read, rows):
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(3, 2, 4), (3, 3, 3)], ids=["padded sources", "no padding"])
 @pytest.mark.parametrize("settings", TRANSLATION.values(), ids=TRANSLATION)
-def test_translation_logits_are_fairseqs(settings, lengths):
+@pytest.mark.parametrize("wide", [transformer_steps.WIDE, 1], ids=["narrow heads", "wide heads"])
+def test_translation_logits_are_fairseqs(settings, lengths, wide, monkeypatch):
+    monkeypatch.setattr(transformer_steps, "WIDE", wide)
     torch.manual_seed(3)
     model = tiny_model(**settings)
     ways = both(model, tiny_batch(model, lengths))
