@@ -7,7 +7,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Callable, List, NamedTuple, Sequence, Tuple
 
@@ -16,9 +16,9 @@ class Step(NamedTuple):
     """One command of an experiment.
 
     Attributes:
-        name: its log is NAME.log.
+        name: its log is NAME.log; slashes make folders.
         words: the command.
-        needs: names of earlier steps whose results it reads.
+        needs: names of the steps whose results it reads.
     """
 
     name: str
@@ -27,25 +27,35 @@ class Step(NamedTuple):
 
 
 def run_steps(steps: Sequence[Step], logs: Path, jobs: int) -> None:
-    """Run what is not done yet, `jobs` at a time; steps stand behind the steps that they need.
+    """Run what is not done yet, `jobs` at a time: the first of the steps whose needs are met.
 
     Raises:
         SystemExit: a command failed; those that do not need it were still run.
+        ValueError: a step needs one that is not there.
     """
-    logs.mkdir(parents=True, exist_ok=True)
+    waiting, running, finished, failures = list(steps), {}, set(), []
     with ThreadPoolExecutor(jobs) as pool:
-        running = {}
-        for step in steps:
-            running[step.name] = pool.submit(_run_step, step, [running[name] for name in step.needs], logs)
-    for job in running.values():
-        job.result()
+        while True:
+            for step in [step for step in waiting if finished.issuperset(step.needs)][: jobs - len(running)]:
+                waiting.remove(step)
+                running[pool.submit(_run_step, step, logs)] = step.name
+            if not running:
+                break
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                name, failure = running.pop(job), job.exception()
+                failures += [failure] if failure else []
+                finished |= set() if failure else {name}
+    if failures:
+        raise failures[0]
+    if waiting:
+        raise ValueError(f"{waiting[0].name} needs {', '.join(waiting[0].needs)}: there are no such steps")
 
 
-def _run_step(step: Step, needs: list, logs: Path) -> None:
-    for job in needs:
-        job.result()
-    if not done(logs / f"{step.name}.log"):
-        command(step.words, logs / f"{step.name}.log")
+def _run_step(step: Step, logs: Path) -> None:
+    log = logs / f"{step.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if not done(log):
+        command(step.words, log)
 
 
 def done(log: Path) -> bool:

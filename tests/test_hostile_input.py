@@ -130,21 +130,23 @@ def resume_store(folder, path, others):
     for name, content in others.items():
         if not (folder / "test.parts" / name).exists():
             (folder / "test.parts" / name).write_bytes(content)
-    whole = {f"part-{first}": TOKENS[first : first + 3].astype(np.uint16).tobytes() for first in (0, 3, 6)}
-    changed = path.name in whole and (folder / "test.parts" / path.name).read_bytes() != whole[path.name]
-    same_size = changed and (folder / "test.parts" / path.name).stat().st_size == len(whole[path.name])
     with StoreWriter(str(folder / "test"), STORED, checkpoint="base.pt", dictionary_size=24) as writer:
         for first in writer.missing():
             writer.add(first, torch.from_numpy(TOKENS[list(writer.chunk(first))]).flatten(0, 1))
         writer.finish()
-    if not same_size:
-        read_store(folder, {})
+    read_store(folder, {})
 
 
-PARTS = {
-    "settings.json": json.dumps(STORED).encode(), "part-0": TOKENS[:3].astype(np.uint16).tobytes(),
-    "part-3": TOKENS[3:6].astype(np.uint16).tobytes(),
-}
+def unfinished_parts():
+    """Files of samples of which the last chunk is missing, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        with StoreWriter(f"{folder}/test", STORED, checkpoint="base.pt", dictionary_size=24) as writer:
+            for first in writer.missing()[:2]:
+                writer.add(first, torch.from_numpy(TOKENS[list(writer.chunk(first))]).flatten(0, 1))
+        return {path.name: path.read_bytes() for path in Path(folder, "test.parts").iterdir() if path.name != "lock"}
+
+
+PARTS = unfinished_parts()
 
 
 # --- records of unfinished work ---------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import List
 
@@ -23,7 +22,7 @@ PLUGIN = ROOT / "fairseq_earm"
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from compare_table import generations, print_table  # noqa: E402
-from steps import command, done  # noqa: E402
+from steps import Step, done, run_steps  # noqa: E402
 
 from fairseq_earm.errors import UsageError  # noqa: E402
 
@@ -85,51 +84,47 @@ def run(args) -> None:
         raise UsageError(f"{args.data}: no such folder of binary data; run the recipe's prepare.sh first")
     if args.checkpoint != BEGINNING and not args.checkpoint.is_file():
         raise UsageError(f"{args.checkpoint}: no such checkpoint; train it first, or give - to train from the beginning")
-    jobs = [(seed, name) for seed in args.seeds for name in names]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: run_one(spec, args, *job), jobs))
+    runs = [(seed, name) for seed in args.seeds for name in names]
+    if args.checkpoint != BEGINNING:
+        for seed, name in runs:
+            remove_unfinished(args.output / name / f"seed{seed}")
+    run_steps([step for seed, name in runs for step in branch_steps(spec, args, seed, name)], args.output, args.jobs)
     print_table(spec, args.output, args.against)
 
 
-def run_one(spec: dict, args, seed: int, name: str) -> None:
-    """Train one branch unless its checkpoint is there, then measure and translate unless that was done."""
-    branch, folder = spec["branches"][name], args.output / name / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+def remove_unfinished(folder: Path) -> None:
+    """Delete checkpoints of a training that was cut off, which then starts once more from the checkpoint given."""
     if not done(folder / "train.log"):
-        command(
-            ["fairseq-train", str(args.data), f"--user-dir={PLUGIN}", *start_flags(args.checkpoint, folder),
-             f"--save-dir={folder}", "--no-epoch-checkpoints", "--seed", str(seed), *_length(spec, branch, name),
-             "--log-format", "json", "--no-progress-bar", *spec["train"], *branch["flags"]],
-            folder / "train.log",
-        )
-    judge(spec, args, folder, seed, branch.get("energy_step", "last"))
+        for left_over in folder.glob("checkpoint*.pt"):
+            left_over.unlink()  # fairseq would go on from it without the optimizer's state, for all the updates once more
 
 
-def start_flags(checkpoint: Path, folder: Path) -> List[str]:
-    """Where a training starts: from the beginning or, after a kill, where it was; or once more from the checkpoint."""
-    if checkpoint == BEGINNING:
-        return []
-    for left_over in folder.glob("checkpoint*.pt"):
-        left_over.unlink()  # fairseq would go on from it without the optimizer's state, for all the updates once more
-    return [f"--finetune-from-model={checkpoint}", "--no-save-optimizer-state"]
-
-
-def judge(spec: dict, args, folder: Path, seed: int, energy_step: str) -> None:
-    """Likelihoods, and the test set translated in every way of the spec."""
+def branch_steps(spec: dict, args, seed: int, name: str) -> List[Step]:
+    """A branch's training with a seed; then likelihoods, and the test set translated in every way of the spec."""
+    branch, run_name = spec["branches"][name], f"{name}/seed{seed}"
+    folder = args.output / run_name
     checkpoint = folder / "checkpoint_last.pt"
-    if not done(folder / "measure.log"):
-        command(
-            [sys.executable, __file__, "measure", str(args.data), str(checkpoint), str(folder / "measure.json"),
-             "--energy-step", energy_step, "--samples", str(spec["samples"])],
-            folder / "measure.log",
-        )
-    for name, flags in generations(spec).items():
-        if not done(folder / f"{name}.log"):
-            command(
-                ["fairseq-generate", str(args.data), f"--user-dir={PLUGIN}", "--task", "earm_translation",
-                 f"--path={checkpoint}", "--seed", str(seed), "--no-progress-bar", *flags],
-                folder / f"{name}.log",
-            )
+    train = Step(
+        f"{run_name}/train",
+        ["fairseq-train", str(args.data), f"--user-dir={PLUGIN}", *start_flags(args.checkpoint),
+         f"--save-dir={folder}", "--no-epoch-checkpoints", "--seed", str(seed), *_length(spec, branch, name),
+         "--log-format", "json", "--no-progress-bar", *spec["train"], *branch["flags"]],
+    )
+    likelihoods = Step(
+        f"{run_name}/measure",
+        [sys.executable, __file__, "measure", str(args.data), str(checkpoint), str(folder / "measure.json"),
+         "--energy-step", branch.get("energy_step", "last"), "--samples", str(spec["samples"])],
+        (train.name,),
+    )
+    translate = ["fairseq-generate", str(args.data), f"--user-dir={PLUGIN}", "--task", "earm_translation",
+                 f"--path={checkpoint}", "--seed", str(seed), "--no-progress-bar"]
+    ways = generations(spec).items()
+    return [train, likelihoods, *[Step(f"{run_name}/{way}", [*translate, *flags], (train.name,)) for way, flags in ways]]
+
+
+def start_flags(checkpoint: Path) -> List[str]:
+    """Where a training starts: from a checkpoint; or from the beginning and, after a kill, where it was."""
+    return [] if checkpoint == BEGINNING else [f"--finetune-from-model={checkpoint}", "--no-save-optimizer-state"]
 
 
 def measure(args) -> None:

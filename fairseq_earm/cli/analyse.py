@@ -75,6 +75,8 @@ def count_votes(args: argparse.Namespace) -> None:
     """Count votes and print the test."""
     if len({os.path.realpath(path) for path in args.answers}) < len(args.answers):
         raise UsageError("one file of answers is given twice: every rater's votes count once")
+    if args.allowed_failures < 0:
+        raise UsageError(f"--allowed-failures {args.allowed_failures}: give 0 or more")
     key = _json(args.key)
     if not is_key(key):
         raise UsageError(f"{args.key} is no key of ab-export: give page.key.json as the last file")

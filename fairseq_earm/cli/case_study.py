@@ -8,7 +8,7 @@ from typing import Dict, List, Sequence, Tuple
 from fairseq.data.data_utils import post_process
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, device, write_text
+from fairseq_earm.cli.common import POST_PROCESS, check_json, device, write_text
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.case_page import Case, Piece, Translation, case_page, disagreement
 from fairseq_earm.evaluation.generated import is_generated, read_generated, text_lines
@@ -16,7 +16,6 @@ from fairseq_earm.evaluation.translate import Translator, fitting, open_translat
 
 # Sentences translated for each one shown, where those are shown that the systems differ on.
 POOL = 10
-SYMBOLS = ("@@ ", "subword_nmt", "sentencepiece", "wordpiece", "letter", "silence", "_EOW", "none")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="as the models were trained; post: also the step after end-of-sentence",
     )
     parser.add_argument(
-        "--post-process", "--remove-bpe", nargs="?", const="@@ ", default=None, choices=SYMBOLS, metavar="SYMBOL",
+        "--post-process", "--remove-bpe", nargs="?", const="@@ ", default=None, choices=POST_PROCESS, metavar="SYMBOL",
         help="join the pieces of words, as fairseq-generate does with this flag; each piece keeps its own colour",
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sentences at once")

@@ -15,6 +15,10 @@ from fairseq_earm.errors import UsageError, reason
 from fairseq_earm.evaluation.whole_file import is_device, whole_file
 
 
+# How fairseq joins the pieces of words (`data_utils.post_process`).
+POST_PROCESS = ("@@ ", "subword_nmt", "sentencepiece", "wordpiece", "letter", "silence", "_EOW", "none")
+
+
 def device(args: argparse.Namespace) -> torch.device:
     """The GPU where there is one and --cpu is not given."""
     return torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
@@ -74,6 +78,19 @@ def check_json(path: Optional[str], *, flag: str = "--json") -> None:
         raise UsageError(f"{flag} {path} cannot be written: it is a folder; give a file")
     if not os.access(path if is_device(path) else folder, os.W_OK):
         raise UsageError(f"{flag} {path} cannot be written: {folder} may not be written to; give another, or leave to write")
+
+
+def check_png(path: str, *, flag: str) -> None:
+    """`check_json` of a figure, which is a PNG file."""
+    if not path.lower().endswith(".png"):
+        raise UsageError(f"{flag} {path}: the figure is a PNG file; give a name that ends in .png")
+    check_json(path, flag=flag)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what numpy takes for no seed."""
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: give 0 or more")
 
 
 def write_json(path: str, report: dict) -> None:

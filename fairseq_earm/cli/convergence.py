@@ -5,9 +5,9 @@ import argparse
 import os
 from typing import Dict, List
 
-from fairseq_earm.cli.common import check_json, drawing, write_json, writing
+from fairseq_earm.cli.common import check_json, check_png, drawing, write_json, writing
 from fairseq_earm.errors import UsageError
-from fairseq_earm.evaluation.training_log import find_logs, read_run
+from fairseq_earm.evaluation.training_log import find_logs, is_residual, read_run
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     _check_flags(args)
     check_json(args.json)
     logs = {name: paths for name, *paths in args.runs}
-    runs = {name: [curves.convergence_of(read_log_or_folder(path), args.by) for path in paths] for name, paths in logs.items()}
+    runs = {name: [curves.convergence_of(_history(name, path), args.by) for path in paths] for name, paths in logs.items()}
     for name, seeds in runs.items():
         for path, seed in zip(logs[name], seeds):
             if not seed.curves:
@@ -44,6 +44,15 @@ def run(args: argparse.Namespace) -> None:
     print(f"Figure: {args.output}")
     if args.json:
         write_json(args.json, _report(args.by, logs, runs))
+
+
+def _history(name: str, path: str) -> dict:
+    history = read_log_or_folder(path)
+    if is_residual(history):
+        raise UsageError(
+            f"--run {name} {path}: of an energy network, whose loss is no cross-entropy of tokens; fairseq-earm-report draws it"
+        )
+    return history
 
 
 def read_log_or_folder(path: str) -> dict:
@@ -67,9 +76,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise UsageError(f"--run {name}: give a log after the name")
         if names.count(name) > 1:
             raise UsageError(f"--run {name} is given twice: put the logs of all its seeds after one --run {name}")
-    if not args.output.lower().endswith(".png"):
-        raise UsageError(f"--output {args.output}: the figure is a PNG file; give a name that ends in .png")
-    check_json(args.output, flag="--output")
+    check_png(args.output, flag="--output")
 
 
 def _ends(seeds: list, by: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, write_json, write_text
+from fairseq_earm.cli.common import check_json, check_seed, write_json, write_text
 from fairseq_earm.cli.evaluated_texts import Texts, read_texts
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.score_tables import Table, latex_comment, latex_table, mean_and_spread, text_table
@@ -104,8 +104,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--bins {' '.join(map(str, args.bins))}: give lengths of 1 or more in ascending order, as 25 50")
     if args.resamples < 1:
         raise UsageError(f"--resamples {args.resamples} gives no interval: give 1 or more, 1000 as a rule")
-    if args.seed < 0:
-        raise UsageError(f"--seed {args.seed}: give 0 or more")
+    check_seed(args.seed)
     check_json(args.latex, flag="--latex")
     check_json(args.json)
     try:

@@ -12,7 +12,7 @@ from typing import List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, device, drawing, write_json, writing
+from fairseq_earm.cli.common import check_json, check_png, check_seed, device, drawing, write_json, writing
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.exposure_bias import CONTEXTS, measure_pairs, summarize
 from fairseq_earm.evaluation.translate import Translator, fitting, open_translators, pairs_hash
@@ -69,8 +69,10 @@ def _check_flags(args: argparse.Namespace) -> None:
     for name in ("pairs", "beam", "batch_size"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    check_seed(args.seed)
     check_json(args.json)
-    check_json(args.plot, flag="--plot")
+    if args.plot:
+        check_png(args.plot, flag="--plot")
 
 
 def _drawn(args: argparse.Namespace, translators: Sequence[Translator]) -> List[int]:

@@ -13,7 +13,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import drawing, write_text, writing
+from fairseq_earm.cli.common import POST_PROCESS, drawing, write_text, writing
 from fairseq_earm.cli.joint_setup import Measured, numbers, open_measured, spread
 from fairseq_earm.ebm.partition import log_partition
 from fairseq_earm.ebm.weights import effective_sample_size, resample
@@ -74,7 +74,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="samples of each of them and of each step; several numbers, as 10,30,100, give several estimates (10,30,100 if not given)",
     )
     parser.add_argument(
-        "--post-process", metavar="SYMBOL", help="how to join subwords in the texts written, as in fairseq-generate"
+        "--post-process", choices=POST_PROCESS, metavar="SYMBOL", help="how to join subwords in the texts written, as in fairseq-generate"
     )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples drawn and scored at once")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="other seeds draw other samples")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     _check_flags(args)
     plots = drawing("plots", "fairseq-earm-analyse report draws figures")
     measured = open_measured(args)
-    perplexity = _read_perplexity(args) if args.perplexity else None
+    perplexity = _read_perplexity(args, measured) if args.perplexity else None
     drawn = [_draw(args, measured, index) for index in tqdm(measured.indices, desc="samples", unit="prefix", disable=None)]
     if perplexity is None:
         perplexity = _measure(args, measured)
@@ -117,23 +117,29 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--output {args.output} cannot be written: no leave to write there; give another")
 
 
-def _read_perplexity(args: argparse.Namespace) -> dict:
-    """What fairseq-earm-perplexity wrote about the same two models."""
+def _read_perplexity(args: argparse.Namespace, measured: Measured) -> dict:
+    """What fairseq-earm-perplexity wrote about the same two models and the same text."""
     path = args.perplexity
     try:
         with open(path, encoding="utf-8") as file:
             report = json.load(file)
         found = {"base": report["base"], "joint": report["joint"], **{k: report[k] for k in ("steps",) if k in report}}
         settings = report["settings"]
-        measured = {"--path": (args.path, settings["base"]), "--energy-path": (args.energy_path, settings["energy"])}
+        models = {"--path": (args.path, settings["base"]), "--energy-path": (args.energy_path, settings["energy"])}
+        text = {name: settings[name] for name in measured.data}
         _check_drawn(found)
     except OSError as error:
         raise UsageError(f"--perplexity {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"--perplexity {path} is not what fairseq-earm-perplexity --energy-path ... --json wrote") from None
-    for flag, (model, digest) in measured.items():
+    for flag, (model, digest) in models.items():
         if file_hash(model, flag=flag) != digest:
             raise UsageError(f"--perplexity {path} was measured with another checkpoint than {flag} {model}: measure this one")
+    if text != measured.data:
+        raise UsageError(
+            f"--perplexity {path} was measured on other sequences than these, of --gen-subset {args.gen_subset}: measure these, with "
+            "the same lengths"
+        )
     return found
 
 

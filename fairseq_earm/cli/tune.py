@@ -12,7 +12,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, write_json
+from fairseq_earm.cli.common import check_json, check_seed, write_json
 from fairseq_earm.cli.nbest import NBest, read_nbest
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.text_scores import bleu_statistics, corpus_bleu
@@ -155,6 +155,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = _parser().parse_args(argv)
     if args.resamples < 1:
         raise UsageError(f"--resamples {args.resamples} gives no interval: give 1 or more, 1000 as a rule")
+    check_seed(args.seed)
     check_json(args.json)
     nbest = read_nbest(args.nbest, weight=args.generated_energy_weight, lenpen=args.generated_lenpen)
     settings = tune(

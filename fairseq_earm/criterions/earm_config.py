@@ -166,12 +166,18 @@ def _problems(cfg):
             "--earm-sampling-bf16",
             "--earm-sampler generator draws in the model's own precision; use ancestral, or leave the flag out",
         ),
+        (not 0 <= cfg.label_smoothing <= 1, "--label-smoothing", "give a number from 0 to 1"),
         (not 0 < cfg.earm_sampling_temperature < math.inf, "--earm-sampling-temperature", "give a number above 0"),
         (cfg.earm_sampling_topk < -1 or cfg.earm_sampling_topk == 0, "--earm-sampling-topk", "give at least 1, or -1 for all"),
         (
             cfg.earm_sampling_topp != -1 and not 0 < cfg.earm_sampling_topp <= 1,
             "--earm-sampling-topp",
             "give a probability above 0, or -1 for all",
+        ),
+        (
+            cfg.earm_sampling_topk != -1 != cfg.earm_sampling_topp,
+            "--earm-sampling-topk",
+            f"--earm-sampling-topp {cfg.earm_sampling_topp} goes before it; give one of the two",
         ),
     ]
 

@@ -29,7 +29,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     """
 
     def __init__(self, task, cfg):
-        super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy)
+        super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, max(cfg.ignore_prefix_size, 0), cfg.report_accuracy)
         check_config(cfg)
         check_task(cfg, task)
         self.cfg = cfg

@@ -73,7 +73,10 @@ class EarmSchedule:
 
     def current_weight(self) -> float:
         """λ for the update under way."""
-        if self.weight == 0 or not self._started():
+        if self.weight == 0:
+            return 0.0
+        if not self._started():
+            self._forget_start()
             return 0.0
         if self.warmup == 0:
             return self.weight
@@ -88,9 +91,16 @@ class EarmSchedule:
     def _first_update(self) -> int:
         if self.start_update >= 0:
             return self.start_update
-        if self.state.get("first_update") is None:
-            self.state.set("first_update", self.clock.num_updates)
-        return int(self.state.get("first_update"))
+        first = self.state.get("first_update")
+        if first is None or not 0 <= first <= self.clock.num_updates:
+            first = self.clock.num_updates
+            self.state.set("first_update", first)
+        return int(first)
+
+    def _forget_start(self) -> None:
+        """A checkpoint may bring the start of another run, whose updates or epochs this one does not count on."""
+        if self.state.get("first_update") is not None:
+            self.state.set("first_update", -1)
 
 
 class NonfiniteGuard:

@@ -83,8 +83,7 @@ def nll_terms(
 
     Arguments as for `earm_loss`.
     """
-    data_nll = positive.nll if positive_history is None else positive_history
-    data = _energy_steps(positive, history(data_nll, positive_mask, recent_tokens), positive_mask, energy_steps)
+    data = _data_steps(positive, positive_mask, recent_tokens, energy_steps, positive_history)
     return _masked_sum(data.history + data.phi + data.logsumexp, data.mask)
 
 
@@ -127,27 +126,31 @@ def earm_loss(
     """
     of_the_whole = log_normalizer is not None or statistics is not None
     _check(energy_steps, normalizer, sources, of_the_whole, rao_blackwell)
-    data_nll = positive.nll if positive_history is None else positive_history
-    data = _energy_steps(positive, history(data_nll, positive_mask, recent_tokens), positive_mask, energy_steps)
-    past = history(negative.nll, negative_mask, recent_tokens)
-    model = _energy_steps(negative, past, negative_mask, energy_steps)
+    data = _data_steps(positive, positive_mask, recent_tokens, energy_steps, positive_history)
+    model = _energy_steps(negative, history(negative.nll, negative_mask, recent_tokens), negative_mask, energy_steps)
+    if rao_blackwell:
+        model = model._replace(phi=-model.logsumexp)
     data, model = _same_length(data, model)
-
-    data_group, model_group = _groups(data.mask, model.mask, normalizer, sources)
-    num_groups = 1 if normalizer == "batch" else data.mask.size(0)
+    groups = _groups(data.mask, model.mask, normalizer, sources)
     if statistics is None:
+        num_groups = 1 if normalizer == "batch" else data.mask.size(0)
+        data_group, model_group = groups
         statistics = step_statistics(model.logsumexp, model.mask, model_group, data.mask, data_group, num_groups)
     statistics = statistics.up_to(data.mask.size(1))
-    log_normalizer = _log_normalizer(statistics, log_normalizer).to(model.logsumexp.dtype)
-    log_weights = log_importance_weights(model.logsumexp, model.mask, log_normalizer=log_normalizer[model_group])
+    return _contrast(data, model, groups, statistics, _log_normalizer(statistics, log_normalizer))
 
+
+def _contrast(data: _Steps, model: _Steps, groups: tuple, statistics: StepStatistics, log_normalizer: Tensor) -> EarmLoss:
+    """Both phases, and what they were made of, given what the weights of the negatives are divided by and matched to."""
+    data_group, model_group = groups
+    log_normalizer = log_normalizer.to(model.logsumexp.dtype)
+    log_weights = log_importance_weights(model.logsumexp, model.mask, log_normalizer=log_normalizer[model_group])
     data_mask = data.mask & (statistics.negatives > 0)[data_group]
     share = (statistics.data / statistics.negatives.clamp_min(1)).to(log_weights.dtype)
 
     positive_phase = _masked_sum(data.history + data.phi, data_mask)
-    phi = -model.logsumexp if rao_blackwell else model.phi
     weights = log_weights.exp() * share[model_group]
-    negative_phase = _masked_sum(weights * (model.history + phi), model.mask)
+    negative_phase = _masked_sum(weights * (model.history + model.phi), model.mask)
     return EarmLoss(
         positive_phase - negative_phase,
         positive_phase,
@@ -186,6 +189,14 @@ def _check(energy_steps, normalizer, sources, of_the_whole, rao_blackwell) -> No
     if rao_blackwell and energy_steps != "all":
         # Given that a step is the last, its token is known: there is no expectation left to take.
         raise ValueError('rao_blackwell goes with energy_steps "all" only')
+
+
+def _data_steps(
+    positive: TokenEnergies, mask: Tensor, recent_tokens: int, energy_steps: str, positive_history: Optional[Tensor]
+) -> _Steps:
+    """The data's steps that carry the energy, with a history of NLL or of what was given in its place."""
+    past = history(positive.nll if positive_history is None else positive_history, mask, recent_tokens)
+    return _energy_steps(positive, past, mask, energy_steps)
 
 
 def _energy_steps(energies: TokenEnergies, past: Tensor, mask: Tensor, energy_steps: str) -> _Steps:

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from html import escape
 from typing import List, NamedTuple, Optional, Sequence
 
 from fairseq_earm.errors import UsageError
-from fairseq_earm.evaluation.page import STYLE, printable
+from fairseq_earm.evaluation.page import page
 
 # A shuffled text of fewer different words could pass for a real one.
 FEWEST_WORDS = 4
@@ -88,10 +87,8 @@ def page_and_key(pairs: Sequence[Pair], title: str) -> tuple:
     sections = "\n".join(_section(number, pair, len(pairs)) for number, pair in enumerate(pairs))
     name = hashlib.sha256(sections.encode("utf-8", "replace")).hexdigest()[:16]
     items = [{"item": number, "line": pair.line, "left": pair.left_is} for number, pair in enumerate(pairs)]
-    # In one pass: nothing that is put in is searched for the other places.
-    parts = {"style": f"{STYLE}\n{OWN_STYLE}", "title": escape(title), "name": name, "sections": sections}
-    page = printable(re.sub(r"\{(style|title|name|sections)\}", lambda place: parts[place.group(1)], PAGE))
-    return page, {"page": name, "items": items}
+    body = f"{INTRODUCTION}\n{sections}\n{END}"
+    return page(title, body, STYLE, script=SCRIPT.replace("{name}", name)), {"page": name, "items": items}
 
 
 def _section(number: int, pair: Pair, of: int) -> str:
@@ -103,7 +100,7 @@ def _section(number: int, pair: Pair, of: int) -> str:
     return f"<section>\n<h2>{number + 1} of {of}</h2>\n{prefix}<div>\n{sides}\n</div>\n</section>"
 
 
-OWN_STYLE = """\
+STYLE = """\
 section { border-top: 1px solid var(--line); padding-bottom: 1em; }
 h2 { font-size: 1em; border: 0; margin-top: 1em; }
 section p, label span { white-space: pre-wrap; }
@@ -113,24 +110,14 @@ label:focus-within { outline: 3px solid var(--accent); }
 button, input { font: inherit; padding: .2em .6em; }
 #state { margin-left: 1em; }"""
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
+INTRODUCTION = """\
 <p>Which text is the better one, or the better continuation of what stands above it? Choose one of each pair, the better by
 however little. At the end, download your answers.</p>
-<p><label>Your name or a pseudonym <input id="rater"></label></p>
-{sections}
-<p><button id="download">Download answers</button><span id="state" role="status"></span></p>
-<script>
+<p><label>Your name or a pseudonym <input id="rater"></label></p>"""
+
+END = '<p><button id="download">Download answers</button><span id="state" role="status"></span></p>'
+
+SCRIPT = """\
 "use strict";
 const page = "{name}", store = "answers-" + page;
 const total = document.querySelectorAll("section").length;
@@ -162,8 +149,4 @@ try {
     }
   }
 } catch (error) { /* no storage, or what it holds is not ours */ }
-show();
-</script>
-</body>
-</html>
-"""
+show();"""

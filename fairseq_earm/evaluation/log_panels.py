@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional, Tuple
 
-from fairseq_earm.evaluation.training_log import EPOCHS, INNER, History, cross_entropy_key
+from fairseq_earm.evaluation.training_log import EPOCHS, INNER, History, cross_entropy_key, is_residual
 
 CROSS_ENTROPY, CRITERION = "cross-entropy", "criterion"  # keys that differ from run to run, see `logged_key`
 # Figures of the machine and of the batches, and what other figures say too.
@@ -85,8 +85,13 @@ PANELS = (
         "Samples that were cut at the limit: more than a few percent ask for a higher --earm-max-len-a/b or --earm-negative-length.",
     ),
     Panel(
+        "Distinct samples", "share", (("earm_distinct", "-"),),
+        "Different sequences among the samples of a batch: where it falls, the model draws the same ones again and again.",
+    ),
+    Panel(
         "Accuracy of the energies", "share", (("nce_accuracy_data", "-"), ("nce_accuracy_negatives", "--")),
-        "How often data, solid, and the base's samples, dashed, are told to be what they are: 0.5 is chance.",
+        "How often data, solid, and the base's samples, dashed, are told to be what they are: 0.5 is chance with one negative. "
+        "With more of them an energy that knows nothing calls everything a sample: 0 and 1.",
     ),
     Panel(
         "Residual energies", "nats", (("nce_energy_data", "-"), ("nce_energy_negatives", "--")),
@@ -120,7 +125,7 @@ def logged_key(history: History, key: str) -> Optional[str]:
     """The key of the log that a panel's key means for this run; None where the run has nothing to show for it."""
     records = [record for kind in history for record in history[kind]]
     keys = {name for record in records for name in record}
-    residual = any(name.startswith("nce_") for name in keys)
+    residual = is_residual(history)
     if key == CROSS_ENTROPY:
         return None if residual or "bits_per_dim" in keys else cross_entropy_key(history)
     if key == CRITERION:

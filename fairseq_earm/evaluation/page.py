@@ -1,7 +1,8 @@
-"""HTML pages that are one file: no script, no external resource, light and dark, for wide and narrow windows."""
+"""HTML pages that are one file: no external resource, no script but the page's own, light and dark, for wide and narrow windows."""
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 from html import escape, unescape
 from typing import Iterable, Sequence, Union
@@ -16,7 +17,7 @@ PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:{policy}">
 <title>{title}</title>
 <style>
 {style}
@@ -24,7 +25,7 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <h1>{title}</h1>
-{body}
+{body}{script}
 </body>
 </html>
 """
@@ -71,7 +72,7 @@ def markup(value: object) -> str:
     return value if isinstance(value, Html) else escape(str(value))
 
 
-def page(title: str, body: str, style: str = "") -> str:
+def page(title: str, body: str, style: str = "", script: str = "") -> str:
     """A whole HTML document.
 
     Args:
@@ -79,10 +80,14 @@ def page(title: str, body: str, style: str = "") -> str:
         body: HTML.
         style: rules of this page's own, after those that all pages share. Classes these have: `soft` for what matters less,
             `scroll` for what may be wider than the window, `number`, `figures` for a grid of figures.
+        script: the only one that runs, at the end of the body.
     """
     # In one pass: nothing that is put in is searched for the other places.
-    parts = {"title": escape(title), "style": f"{STYLE}\n{style}".strip(), "body": body}
-    return printable(re.sub(r"\{(title|style|body)\}", lambda place: parts[place.group(1)], PAGE))
+    parts = {"title": escape(title), "style": f"{STYLE}\n{style}".strip(), "body": body, "script": "", "policy": ""}
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        parts.update(script=f"\n<script>{script}</script>", policy=f"; script-src 'sha256-{digest}'")
+    return printable(re.sub(r"\{(title|style|body|script|policy)\}", lambda place: parts[place.group(1)], PAGE))
 
 
 def printable(text: str) -> str:

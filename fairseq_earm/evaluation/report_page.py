@@ -12,7 +12,7 @@ from fairseq_earm.evaluation.report_tables import environment, settings, summary
 from fairseq_earm.evaluation.run_folder import Run
 from fairseq_earm.evaluation.samples_of_runs import Sample
 from fairseq_earm.evaluation.score_tables import Table
-from fairseq_earm.evaluation.training_log import EPOCHS, INNER, earm_entry, series, validated_kinds
+from fairseq_earm.evaluation.training_log import EPOCHS, INNER, earm_entry, is_residual, series, validated_kinds
 
 STYLE = """\
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: .5rem 0; list-style: none; }
@@ -60,7 +60,7 @@ def _silences(run: Run) -> List[str]:
     """What a run's log does not hold."""
     keys = {key for records in run.history.values() for record in records for key in record}
     said = []
-    if run.history and "earm_loss" not in keys and not any(key.startswith("nce_") for key in keys):
+    if run.history and "earm_loss" not in keys and not is_residual(run.history):
         said.append("no E-ARM figures logged: a cross-entropy run, or one that E-ARM has not entered yet")
     if "earm_loss" in keys and "earm_dv" not in keys:
         said.append("no energies logged: a control, which has E-ARM's likelihood terms alone")

@@ -240,6 +240,11 @@ def cross_entropy_key(history: History) -> str:
     return "nll_loss" if logged else "loss"
 
 
+def is_residual(history: History) -> bool:
+    """Whether an energy network was trained by `residual_nce`, whose loss is per sequence."""
+    return any(key.startswith("nce_") for records in history.values() for record in records for key in record)
+
+
 def series(records: Sequence[Record], key: str, x: str = "num_updates") -> Tuple[List[float], List[float]]:
     """Updates, or another x, and values of one key, where both were logged."""
     points = [(record[x], record[key]) for record in records if key in record and x in record]

@@ -16,6 +16,9 @@ from fairseq_earm.sampling.scoring import start_tokens
 # Steps after which the processor asks who has finished: a GPU would have to be waited for each time.
 LOOK_EVERY = {"cuda": 8}
 
+# A larger number of tokens may not be an integer any more.
+LONGEST = 2**31
+
 
 class AncestralSampler:
     """Draws x ~ q(x | source), with the exact log-probability of every draw.
@@ -105,7 +108,7 @@ class AncestralSampler:
 
 def max_lengths(source_lengths: Tensor, max_len_a: float, max_len_b: int, decoder) -> Tensor:
     """(B,) most tokens of a sample: a·(source length) + b, at least 1, within the decoder's positions."""
-    limits = (max_len_a * source_lengths + max_len_b).long().clamp_min(1)
+    limits = (max_len_a * source_lengths + max_len_b).clamp(1, LONGEST).long()
     positions = decoder.max_positions()
     return limits if positions is None else limits.clamp_max(int(positions) - 1)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from fairseq.modules import LearnedPositionalEmbedding
+from torch import Tensor
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling import build_sampler
@@ -27,6 +28,7 @@ class EncoderDecoderFamily(ModelFamily):
             raise UsageError("--left-pad-target True: E-ARM counts steps from the left; leave the flag out")
         self.eos = end_of_sentence(task.target_dictionary)
         _check_max_length(cfg, task)
+        _check_topk(cfg, task.target_dictionary)
         self.given = max(cfg.ignore_prefix_size, 0)
         self.post = cfg.earm_energy_steps == "post"
         self.loss_rows = cfg.earm_loss_rows
@@ -43,7 +45,8 @@ class EncoderDecoderFamily(ModelFamily):
 
     def draw(self, model, sample, negatives) -> Samples:
         prefix = sample["target"][:, : self.given] if self.given else None
-        return self.sampler(model, sample["net_input"], negatives, prefix)
+        samples = self.sampler(model, sample["net_input"], negatives, prefix)
+        return samples if prefix is None else _with_data(samples, sample["target"][:, self.given :].ne(model.decoder.dictionary.pad()))
 
     def forward(self, model, sample) -> Passes:
         with keep_teacher_forced():
@@ -69,6 +72,20 @@ class EncoderDecoderFamily(ModelFamily):
         _check_positions(model.decoder, sample["target"].size(1) + 1)
         starts = start_tokens(sample["net_input"], self.eos)
         return {**net_input, "prev_output_tokens": decoder_input(sample["target"], starts, extra_step=True)}
+
+
+def _with_data(samples: Samples, data: Tensor) -> Samples:
+    """Without what was drawn for rows that have no data (B, T') behind what is given: it stands against nothing."""
+    alive = data.any(1)[samples.sources]
+    mask = samples.mask & alive.unsqueeze(1)
+    return samples._replace(mask=mask, log_q=samples.log_q.masked_fill(~mask, 0.0), truncated=samples.truncated & alive)
+
+
+def _check_topk(cfg, dictionary) -> None:
+    if cfg.earm_sampling_topk > len(dictionary):
+        raise UsageError(
+            f"--earm-sampling-topk {cfg.earm_sampling_topk}: the target dictionary has {len(dictionary)} symbols; give at most as many"
+        )
 
 
 def _check_max_length(cfg, task) -> None:

@@ -1,13 +1,18 @@
 """Whole sequences as an energy network reads them: what is given, then what was drawn or is data."""
 from __future__ import annotations
 
-from typing import Optional
+import logging
+from typing import Optional, Set
 
 import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
 from fairseq_earm.sampling.frozen import first_difference
+
+logger = logging.getLogger(__name__)
+
+_warned_of: Set[int] = set()  # limits of which a warning has spoken
 
 
 def prefix_continuation(prefix: Tensor, continuation: Tensor, sources: Optional[Tensor] = None) -> Tensor:
@@ -36,7 +41,7 @@ def source_target(
         sources: (R,) row of `src_tokens` that each translation belongs to; by default as for `prefix_continuation`.
         pad: index of padding in both.
         shift: added to the target's tokens, see `joint_dictionary`.
-        longest: most tokens that the network reads; what comes behind them is left out.
+        longest: most tokens that the network reads; what comes behind them is left out, which is said once.
     """
     if sources is None:
         sources = _in_order(src_tokens.size(0), target)
@@ -45,8 +50,23 @@ def source_target(
     inside = tokens.ne(pad)
     # Padding goes to the end, and what is left keeps its order.
     order = (~inside).long().sort(dim=1, stable=True).indices
-    length = int(inside.sum(1).max()) if inside.numel() else 0
-    return tokens.gather(1, order)[:, : length if longest is None else min(length, longest)]
+    lengths = inside.sum(1)
+    length = int(lengths.max()) if inside.numel() else 0
+    if longest is not None and length > longest:
+        _warn_of_cut(lengths, longest)
+        length = longest
+    return tokens.gather(1, order)[:, :length]
+
+
+def _warn_of_cut(lengths: Tensor, longest: int) -> None:
+    if longest in _warned_of:
+        return
+    _warned_of.add(longest)
+    logger.warning(
+        "%d of %d sequences of a batch, source and translation together, are longer than the %d tokens that the energy network "
+        "reads: it judges them without their end; train it with a larger --max-positions, or leave long sentences out (said once)",
+        int((lengths > longest).sum()), lengths.numel(), longest,
+    )
 
 
 def joint_dictionary(source: Dictionary, target: Dictionary) -> tuple:

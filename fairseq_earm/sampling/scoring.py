@@ -85,12 +85,12 @@ def with_post_step(energies: TokenEnergies, mask: Tensor) -> tuple:
         energies: (R, T + 1) of `post_tokens`, by a decoder fed with `decoder_input(tokens, start, extra_step=True)`.
         mask: (R, T) True on real tokens.
     Returns:
-        TokenEnergies (R, T + 1) and their mask (R, T + 1), one step longer per row than `mask`.
+        TokenEnergies (R, T + 1) and their mask (R, T + 1), one step longer per row than `mask` where a row has any.
     """
     is_target = torch.cat([mask, mask.new_zeros(mask.size(0), 1)], 1)
     target_logit = torch.where(is_target, energies.target_logit, energies.logsumexp)
     after = (last_step(mask) + 1).unsqueeze(1)
-    alive = is_target.scatter(1, after, True)
+    alive = is_target.scatter(1, after, mask.any(1, keepdim=True))
     return TokenEnergies(energies.logsumexp, target_logit), alive
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import zlib
-from typing import Callable, List
+from typing import Callable, List, Optional
 
 import numpy as np
 from fairseq.data.indexed_dataset import MMapIndexedDataset, best_fitting_int_dtype
@@ -17,15 +18,19 @@ from tqdm import tqdm
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling import store, store_settings
 
+logger = logging.getLogger(__name__)
+
 PART = re.compile(r"part-\d+")
 OURS = re.compile(r"(part-\d+|settings\.json|record\.json|merged\.bin|merged\.idx)(\.tmp)?|lock")
+CHECKSUM_BYTES = 4  # a CRC-32 at the end of each part
 
 
 class StoreWriter:
     """Writes one shard, chunk by chunk; a context in which no other process can write the same.
 
     Each chunk becomes a file of its own in the folder `PATH.parts`, whole or not at all: it is written under another name,
-    synced and renamed. `finish` puts them together. What lies there when the same command is started again is kept.
+    synced and renamed, and ends with a checksum. `finish` puts them together. What lies there when the same command is
+    started again is kept, unless it was damaged.
 
     Args:
         path: --output.
@@ -48,6 +53,8 @@ class StoreWriter:
         self._checkpoint = checkpoint
         self._dtype = best_fitting_int_dtype(dictionary_size)
         self._folder = f"{self.prefix}.parts"
+        self._whole = set()  # first sequences of parts that were written or checked
+        self._spoken_of = []  # names of damaged parts
         if self.finished:
             record = store_settings.read_record(f"{self.prefix}.json")
             self._check_same(record, f"{self.prefix}.json")
@@ -89,13 +96,20 @@ class StoreWriter:
         self._held.close()
 
     def missing(self) -> List[int]:
-        """First sequence of each chunk that is yet to be drawn. A part of the wrong size counts as none."""
-        sizes = {}
-        if os.path.isdir(self._folder):
-            sizes = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self._folder)}
-        per_item = store_settings.item_tokens(self.settings) * np.dtype(self._dtype).itemsize
+        """First sequence of each chunk that is yet to be drawn. A damaged part counts as none, and is spoken of."""
+        there = set(os.listdir(self._folder)) if os.path.isdir(self._folder) else set()
         starts = store_settings.chunk_starts(self.settings)
-        return [first for first in starts if sizes.get(_part(first)) != len(self.chunk(first)) * per_item]
+        self._check([first for first in starts if _part(first) in there and first not in self._whole])
+        return [first for first in starts if _part(first) not in there or first not in self._whole]
+
+    def _check(self, unchecked: List[int]) -> None:
+        progress = tqdm(unchecked, desc="checking", unit=" chunks", disable=None if unchecked else True)
+        self._whole.update(first for first in progress if self._read_part(first) is not None)
+        damaged = [_part(first) for first in unchecked if first not in self._whole]
+        if damaged and damaged != self._spoken_of:
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            logger.warning("%s%s: damaged, or of an earlier version; drawn again", self._inside(damaged[0]), more)
+            self._spoken_of = damaged
 
     def chunk(self, first: int) -> range:
         """The sequences of the chunk that begins with `first`."""
@@ -103,9 +117,10 @@ class StoreWriter:
 
     def add(self, first: int, tokens: Tensor) -> None:
         """Keep the samples of one chunk: (B, N · T) or (B · N, T) tokens in the order of the sequences."""
-        numbers = tokens.cpu().numpy().astype(self._dtype)
+        data = tokens.cpu().numpy().astype(self._dtype).tobytes()
         with self._clear_errors():
-            self._write(_part(first), lambda file: file.write(numbers.tobytes()))
+            self._write(_part(first), lambda file: file.write(data + _checksum(first, data)))
+        self._whole.add(first)
 
     def finish(self) -> None:
         """Put all parts together. The record is written last, and the parts are removed only then."""
@@ -128,6 +143,19 @@ class StoreWriter:
         with contextlib.suppress(OSError):
             os.rmdir(self._folder)
 
+    def _read_part(self, first: int) -> Optional[bytes]:
+        """The tokens of one chunk; None where they are not what was written."""
+        size = len(self.chunk(first)) * store_settings.item_tokens(self.settings) * np.dtype(self._dtype).itemsize
+        try:
+            if os.path.getsize(self._inside(_part(first))) != size + CHECKSUM_BYTES:
+                return None
+            with open(self._inside(_part(first)), "rb") as file:
+                content = file.read()
+        except OSError:
+            return None
+        data = content[:size]
+        return data if content[size:] == _checksum(first, data) else None
+
     def _merge_parts(self) -> int:
         """Write `merged.bin`; its CRC-32."""
         checksum = 0
@@ -135,8 +163,9 @@ class StoreWriter:
         def copy_all(file):
             nonlocal checksum
             for first in tqdm(store_settings.chunk_starts(self.settings), desc="merging", unit=" chunks", disable=None):
-                with open(self._inside(_part(first)), "rb") as part:
-                    data = part.read()
+                data = self._read_part(first)
+                if data is None:
+                    raise UsageError(f"{self._inside(_part(first))} is damaged: start the same command again, which draws it again")
                 checksum = zlib.crc32(data, checksum)
                 file.write(data)
 
@@ -182,6 +211,11 @@ class StoreWriter:
 
 def _part(first: int) -> str:
     return f"part-{first}"
+
+
+def _checksum(first: int, data: bytes) -> bytes:
+    """Of a part's data and of its place."""
+    return zlib.crc32(data, zlib.crc32(_part(first).encode())).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def _json(record: dict) -> bytes:

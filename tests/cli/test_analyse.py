@@ -92,6 +92,9 @@ def test_perplexities_measured_before_are_taken_over(text, energy, tmp_path):
         path.write_text(json.dumps({**figures, "settings": {**figures["settings"], name: "0" * 64}}))
         with pytest.raises(SystemExit, match=f"--perplexity .* was measured with another checkpoint than {flag}"):
             report(text, energy, tmp_path / "out", "--perplexity", path)
+    path.write_text(json.dumps(figures))
+    with pytest.raises(SystemExit, match="--perplexity .* was measured on other sequences than these, of --gen-subset valid"):
+        report(text, energy, tmp_path / "out", "--perplexity", path, "--gen-subset", "valid")
 
 
 def test_bad_settings_of_the_report(text, energy, tmp_path):
@@ -100,6 +103,7 @@ def test_bad_settings_of_the_report(text, energy, tmp_path):
         (["--energy-candidates", 1], {}, "--energy-candidates 1: give 2 or more"),
         (["--max-sequences", 0], {}, "--max-sequences 0: give 1 or more"),
         (["--samples", 1], {}, "--samples 1"),
+        (["--post-process", "none such"], {}, "^2$"),
         (["--perplexity", tmp_path / "missing"], {}, "--perplexity .* cannot be read"),
         (["--perplexity", tmp_path / "file"], {}, "--perplexity .* is not what fairseq-earm-perplexity"),
         (["--output", tmp_path / "file"], {}, "--output .* cannot be made"),
@@ -142,6 +146,8 @@ def test_from_page_to_test(tmp_path, capsys):
         run("ab-test", paths[0], paths[0], paths[2])
     with pytest.raises(SystemExit, match="is no key of ab-export"):
         run("ab-test", paths[2], paths[0])
+    with pytest.raises(SystemExit, match="--allowed-failures -1: give 0 or more"):
+        run("ab-test", *paths, "--allowed-failures", -1)
 
 
 def test_bad_files_of_pairs(tmp_path):

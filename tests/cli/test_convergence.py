@@ -47,12 +47,14 @@ def test_by_update(logged, tmp_path):
     (["--run", "a", "LOG", "--output", "absent/figure.png"], "there is no such folder"),
     (["--run", "a", "LOG", "--output", "figure.png", "--json", "absent/figure.json"], "--json absent/figure.json"),
     (["--run", "a", "INTERVALS"], "or --by update"),
+    (["--run", "a", "LOG", "--run", "b", "RESIDUAL"], "--run b residual.log: of an energy network"),
 ])
 def test_mistakes_are_one_line(logged, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "intervals.log").write_text('{"epoch": 1, "loss": "3", "num_updates": "1"}\n')
-    paths = {"LOG": str(logged.json), "EMPTY": "empty", "INTERVALS": "intervals.log"}
+    (tmp_path / "residual.log").write_text('{"epoch": 1, "train_loss": "2", "train_nce_energy_gap": "0", "train_num_updates": "1"}\n')
+    paths = {"LOG": str(logged.json), "EMPTY": "empty", "INTERVALS": "intervals.log", "RESIDUAL": "residual.log"}
     output = [] if "--output" in arguments else ["--output", "figure.png"]
     with pytest.raises(UsageError) as error:
         main(["convergence", *(paths.get(word, word) for word in arguments), *output])

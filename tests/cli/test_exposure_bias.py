@@ -136,6 +136,8 @@ def test_mistakes_get_one_line(tiny, text, tmp_path):
         (["--batch-size", -1], "--batch-size -1"),
         (["--json", tmp_path / "none" / "out.json"], "--json .*: there is no such folder"),
         (["--plot", tmp_path / "none" / "out.png"], "--plot .*: there is no such folder"),
+        (["--plot", tmp_path / "out.xyz"], "--plot .*out.xyz: the figure is a PNG file"),
+        (["--seed", -1], "--seed -1: give 0 or more"),
         (["--gen-subset", "none"], "--gen-subset none"),
         (["--against", text.base], "--against .*: not a checkpoint"),
     ):

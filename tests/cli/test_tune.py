@@ -195,6 +195,7 @@ def test_scores_without_energy_are_refused(tiny, tmp_path):
 def test_bad_arguments(tmp_path, capsys):
     path = write(tmp_path, LOG + SMALL)
     assert "--resamples 0" in error([path, "--resamples", "0"])
+    assert "--seed -1: give 0 or more" in error([path, "--seed", "-1"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fairseq_earm.cli.tune.read_nbest", None)
         assert "there is no such folder" in error([path, "--json", str(tmp_path / "absent" / "report.json")])

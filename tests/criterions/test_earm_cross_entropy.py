@@ -106,6 +106,7 @@ def independent_loss(model, sample, *, m, steps, normalizer, epsilon, prefix, we
         {"earm_normalizer": "source", "earm_negatives": 2},
         {"earm_variance_reduction": "none"},
         {"earm_variance_reduction": "none", "earm_recent_tokens": -1, "earm_normalizer": "source", "earm_negatives": 2},
+        {"ignore_prefix_size": -1},
         {"ignore_prefix_size": 1},
         {"ignore_prefix_size": 1, "earm_energy_steps": "post", "earm_recent_tokens": -1},
     ],
@@ -121,13 +122,26 @@ def test_loss_and_gradient_are_the_papers(flags, loss_rows):
         model, sample,
         m=flags.get("earm_recent_tokens", 2), steps=flags.get("earm_energy_steps", "all"),
         normalizer=flags.get("earm_normalizer", "batch"), epsilon=flags.get("label_smoothing", 0.0),
-        prefix=flags.get("ignore_prefix_size", 0), weight=flags.get("earm_weight", config().earm_weight),
+        prefix=max(flags.get("ignore_prefix_size", 0), 0), weight=flags.get("earm_weight", config().earm_weight),
         smooth_history=flags.get("earm_smooth_history", False), rao_blackwell="earm_variance_reduction" not in flags and "earm_energy_steps" not in flags,
     )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     ours, theirs = gradients(model, loss), gradients(model, expected)
     for name in theirs:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-7, atol=1e-10), name
+
+
+@pytest.mark.parametrize("energy_steps", ["all", "last", "post"])
+def test_a_target_that_is_given_whole_has_no_part_in_the_energies(energy_steps):
+    """Neither as data nor by what was drawn after it, which no data stands against."""
+    model, losses = tiny_model().train(), []
+    for negatives in (NEGATIVES, [each for each in NEGATIVES if each[1] != 2]):
+        criterion = build(model, ignore_prefix_size=2, earm_energy_steps=energy_steps)
+        criterion.family.sampler = FixedSampler(model, negatives)
+        loss, _, log = criterion(model, batch(model))
+        losses.append((loss.item(), log["earm_steps"].item(), log["earm_negative_tokens"].item()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert losses[0][1] == (2 if energy_steps != "all" else losses[0][1]) > 0
 
 
 def test_control_is_cross_entropy_and_nll_terms_and_samples_nothing():

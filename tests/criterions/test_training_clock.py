@@ -57,6 +57,18 @@ def test_weight_starts_and_warms_up():
     assert run_updates(resumed, model, range(7, 9), epoch=2) == [1.5, 2.0]
 
 
+def test_warm_up_begins_anew_where_updates_or_epochs_do():
+    model = tiny_model()
+    earlier = build(model, earm_weight=2.0, earm_start_epoch=2, earm_warmup_updates=4)
+    assert run_updates(earlier, model, range(20, 22), epoch=2) == [0.5, 1.0]
+    updates_anew = build(model, earm_weight=2.0, earm_start_epoch=2, earm_warmup_updates=4)  # --reset-optimizer
+    assert run_updates(updates_anew, model, range(6), epoch=3) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    MeterState().set("first_update", 7)
+    both_anew = build(model, earm_weight=2.0, earm_start_epoch=2, earm_warmup_updates=4)
+    assert run_updates(both_anew, model, range(9)) == [0] * 9
+    assert run_updates(both_anew, model, range(9, 11), epoch=2) == [0.5, 1.0]
+
+
 class Optimizer:
     """A fairseq optimizer in float32, as far as the guard sees it."""
 

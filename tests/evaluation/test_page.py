@@ -1,5 +1,6 @@
 """Pages are whole, escape what is put into them, and need nothing else."""
 import base64
+import hashlib
 from html.parser import HTMLParser
 
 import pytest
@@ -41,6 +42,17 @@ def test_a_page_escapes_its_title_and_is_whole():
     assert "{title} {style}" in parsed.text
     assert ".mine" in parsed.text
     assert "default-src 'none'" in str(parsed.named("meta"))
+
+
+def test_the_page_names_the_one_script_that_runs():
+    script = '"use strict";\nconst ä = "{title} {policy}";'
+    content = page("x", HOSTILE, script=script)
+    written = content.split("<script>")[-1].split("</script>")[0]
+    assert written == script and content.count("<script>") == 2
+    digest = base64.b64encode(hashlib.sha256(written.encode()).digest()).decode()
+    policy = Parsed(page("x", "", script=script)).named("meta")[-1]["content"]
+    assert policy.startswith("default-src 'none'; ") and policy.endswith(f"; script-src 'sha256-{digest}'")
+    assert "script" not in page("x", "")
 
 
 def test_a_table_escapes_cells_but_not_html():

@@ -3,6 +3,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
+from fairseq_earm.sampling import layout
 from fairseq_earm.sampling.layout import joint_dictionary, prefix_continuation, source_target
 
 PAD, EOS = 1, 2
@@ -46,6 +47,22 @@ def test_targets_follow_their_sources_without_a_gap(left, left_target):
     for longest in (1, 3, 5, 9):
         cut = source_target(source, target, pad=PAD, longest=longest)
         assert cut.tolist() == expected[:, :longest].tolist()
+
+
+def test_what_is_cut_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(layout, "_warned_of", set())
+    source, target = rows([4, 5, EOS], [6, EOS], left=True), rows([7, 7, EOS], [EOS], [7, EOS], [7, 7, 7, EOS])
+    for longest in (None, 6):
+        source_target(source, target, pad=PAD, longest=longest)
+    assert not caplog.records
+    for longest in (4, 4, 5):
+        source_target(source, target, pad=PAD, longest=longest)
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.split(" that the")[0] for message in said] == [
+        "2 of 4 sequences of a batch, source and translation together, are longer than the 4 tokens",
+        "2 of 4 sequences of a batch, source and translation together, are longer than the 5 tokens",
+    ]
+    assert "--max-positions" in said[0]
 
 
 def test_no_target_at_all():

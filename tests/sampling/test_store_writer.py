@@ -12,7 +12,7 @@ import pytest
 
 from fairseq_earm.sampling import store_writer
 from fairseq_earm.sampling.store_settings import SETTINGS, chunk_starts
-from tests.sampling.stored import copy_of, files, finished, open_store, refusal, world, write, writer_of  # noqa: F401
+from tests.sampling.stored import copy_of, files, finished, open_store, refusal, tokens_of, world, write, writer_of  # noqa: F401
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 6])
@@ -99,6 +99,44 @@ def test_a_part_cut_short_is_drawn_again(world, finished, tmp_path):
     part = tmp_path / "test.parts" / "part-3"
     part.write_bytes(part.read_bytes()[:-1])
     assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
+    assert files(tmp_path / "test") == files(finished)
+
+
+@pytest.mark.parametrize("damage", ["a bit", "the checksum", "another's", "an earlier version's"])
+def test_a_damaged_part_is_drawn_again_and_spoken_of_once(world, finished, tmp_path, damage, caplog):
+    write(world, tmp_path / "test", 3)
+    part = tmp_path / "test.parts" / "part-3"
+    data = bytearray(part.read_bytes())
+    data[{"a bit": 7, "the checksum": -1}.get(damage, 0)] ^= 1 if damage in ("a bit", "the checksum") else 0
+    if damage == "another's":
+        data = part.with_name("part-6").read_bytes()
+    part.write_bytes(data[:-4] if damage == "an earlier version's" else data)
+    assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
+    assert files(tmp_path / "test") == files(finished)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{part}: damaged, or of an earlier version; drawn again"]
+
+
+def test_all_damaged_parts_are_one_line(world, finished, tmp_path, caplog):
+    write(world, tmp_path / "test", 4)
+    for part in (tmp_path / "test.parts").glob("part-*"):
+        os.truncate(part, 5)
+    assert write(world, tmp_path / "test") == len(chunk_starts(world.settings))
+    assert files(tmp_path / "test") == files(finished)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "part-0 and 3 more: damaged" in said
+
+
+def test_a_part_that_is_damaged_after_it_was_checked_is_not_taken_over(world, finished, tmp_path):
+    starts = chunk_starts(world.settings)
+    with writer_of(world, tmp_path / "test") as writer:
+        for first in starts:
+            writer.add(first, tokens_of(world, writer.chunk(first)))
+        part = tmp_path / "test.parts" / "part-6"
+        part.write_bytes(part.read_bytes()[:-5] + b"12345")
+        assert writer.missing() == []
+        assert "part-6 is damaged: start the same command again" in refusal(writer.finish)
+    assert write(world, tmp_path / "test") == 1
     assert files(tmp_path / "test") == files(finished)
 
 

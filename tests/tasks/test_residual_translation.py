@@ -201,6 +201,18 @@ def test_candidates_are_scored_alike_in_pieces_and_behind_any_padding(tiny, ener
     assert source(batch["net_input"], [[] for _ in range(5)]).shape == (0,)
 
 
+def test_candidates_that_are_cut_are_reported(tiny, energy, monkeypatch, caplog):
+    monkeypatch.setattr("fairseq_earm.sampling.layout._warned_of", set())
+    monkeypatch.setattr(EnergyModel, "max_positions", lambda model: 5)
+    task, batch = setting(tiny)
+    hypotheses = [[{"tokens": torch.arange(4, 4 + length)} for length in (1, 3)] for _ in range(5)]
+    sources = [len(unpadded(row)) for row in batch["net_input"]["src_tokens"]]
+    cut = sum(source + target > 5 for source in sources for target in (1, 3))
+    candidates = CandidateEnergies(load_frozen(str(energy), task, flag="--energy-path"))
+    assert 0 < cut < 10 and candidates(batch["net_input"], hypotheses).isfinite().all()
+    assert f"{cut} of 10 sequences of a batch" in caplog.text
+
+
 def test_resampling_follows_the_seed(tiny, energy):
     flags = ["--beam", 6, "--nbest", 6, "--sampling", "--energy-select", "resample"]
     first = rerank(tiny, energy, *flags, "--seed", 3)
