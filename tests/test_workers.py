@@ -9,6 +9,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
+from fairseq_earm.ebm.weights import StepStatistics
 from fairseq_earm.errors import UsageError
 from fairseq_earm.meter_state import MeterState
 from tests.criterions.stubs import NEGATIVES, FixedSampler, batch, build
@@ -108,6 +109,27 @@ def lose_length(worker):
     worker.criterion.family.forward_pair = too_long
 
 
+def lose_once(owner, name):
+    """The next call fails, and no other."""
+    whole = getattr(owner, name)
+
+    def fail(*args, **kwargs):
+        setattr(owner, name, whole)
+        out_of_memory()
+
+    setattr(owner, name, fail)
+
+
+def lose_on_arrival(worker):
+    """What comes first once the criterion joins, before there is a collective."""
+    lose_once(torch.distributed, "get_backend")
+
+
+def lose_between(worker):
+    """What comes between the two collectives."""
+    lose_once(StepStatistics, "up_to")
+
+
 def skip(rows):
     """A task that leaves its batch out without saying so."""
     worker = Worker(rows, **MOVING)
@@ -136,6 +158,8 @@ LOSSES = {
     "encoder": lambda rows: losing(rows, lose_encoder),
     "decoder": lambda rows: losing(rows, lose_decoder, ValueError),
     "length": lambda rows: losing(rows, lose_length, UsageError),
+    "on arrival": lambda rows: losing(rows, lose_on_arrival),
+    "between": lambda rows: losing(rows, lose_between),
     "skips": skip,
     "dummy": be_dummy,
 }
@@ -217,8 +241,8 @@ def test_a_worker_without_a_batch_counts_for_nothing_and_is_not_waited_for(worke
 
 
 def test_an_error_stays_the_worker_s_own(workers):
-    raised = [workers[1][name]["raised"] for name in ("negatives", "encoder", "decoder", "length")]
-    assert raised == ["CUDA out of memory."] * 2 + ["something else", "fairseq-earm: error: too long"]
+    raised = [workers[1][name]["raised"] for name in ("decoder", "length", "negatives", "encoder", "on arrival", "between")]
+    assert raised == ["something else", "fairseq-earm: error: too long"] + ["CUDA out of memory."] * 4
 
 
 def test_a_dummy_batch_has_a_gradient_of_zeros(workers):

@@ -14,7 +14,7 @@ class AllWorkers:
     """Joins the statistics of the workers' batches, once in each `task.train_step`.
 
     A worker may have a batch that does not count, may skip it, or lose it to an error. So that nobody waits for it, a
-    step that ends or fails before the criterion came to `join` takes part on its way out, with statistics of nothing.
+    step that ends or fails before the criterion came to `join`, or within it, takes part with statistics of nothing.
     Who joins outside of a training step, or a second time in one, is alone; so is the one worker of a run.
 
     Args:
@@ -45,8 +45,7 @@ class AllWorkers:
     def join(self, own: StepStatistics) -> StepStatistics:
         """(1, T') statistics of all workers' batches, of as many steps as the longest has, given this worker's (1, T)."""
         if self.awaited:
-            self.awaited = False
-            everyone = _join_all(own)
+            everyone = self._join_all(own)
         elif distributed.get_data_parallel_world_size() > 1:
             return own
         else:
@@ -59,12 +58,22 @@ class AllWorkers:
             self.join(no_statistics(1))
         self.awaited = False
 
+    def _join_all(self, own: StepStatistics) -> StepStatistics:
+        """Two collectives: the number of steps, and the statistics themselves. Who was at the first comes to the second."""
+        group = distributed.get_data_parallel_group()
+        device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
+        steps = torch.tensor([own.data.size(1)], device=device)
+        self.awaited = False
+        steps = int(distributed.all_reduce(steps, group, op="max"))
+        try:
+            padded = torch.stack(own.up_to(steps)).to(device)
+        except Exception:  # such as too little memory
+            self.heard(_gather(torch.stack(no_statistics(steps)).to(device), group, own.data.device))
+            raise
+        return _gather(padded, group, own.data.device)
 
-def _join_all(own: StepStatistics) -> StepStatistics:
-    """Two collectives: the number of steps, and the statistics themselves."""
-    group = distributed.get_data_parallel_group()
-    device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
-    steps = torch.tensor([own.data.size(1)], device=device)
-    own_padded = torch.stack(own.up_to(int(distributed.all_reduce(steps, group, op="max")))).to(device)
-    everyone = distributed.all_gather(own_padded, group, return_tensor=True).squeeze(2).to(own.data.device)
+
+def _gather(own: torch.Tensor, group, device) -> StepStatistics:
+    """(1, T) statistics of all workers, from (4, 1, T) of each."""
+    everyone = distributed.all_gather(own, group, return_tensor=True).squeeze(2).to(device)
     return join_statistics(StepStatistics(*everyone.unbind(1)))
