@@ -115,6 +115,7 @@ def test_negatives_that_are_all_identical(family):
     one = Outcome(family, negatives(family, [whole(family)] * rows))
     assert many.is_sound and many.loss == pytest.approx(one.loss, rel=1e-12)
     assert torch.allclose(many.gradient, one.gradient, rtol=1e-9, atol=1e-12)
+    assert many.log["earm_distinct"] == round(1 / (4 * rows), 4)
     if "source" in family.normalizers:
         found = Outcome(family, negatives(family, [whole(family)] * 4 * rows), earm_negatives=4, earm_normalizer="source")
         assert found.log["earm_ess"] == 1 and found.log["earm_max_weight"] == 1

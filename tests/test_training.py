@@ -21,6 +21,7 @@ OF_NEGATIVES = {
     "earm_max_weight",
     "earm_negative_length",
     "earm_truncated",
+    "earm_distinct",
     "earm_sampling_seconds",
 }
 KEYS = OF_NEGATIVES | {"earm_loss"}

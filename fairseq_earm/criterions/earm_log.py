@@ -24,6 +24,7 @@ KEYS = (
     "earm_negatives",
     "earm_negative_tokens",
     "earm_truncated",
+    "earm_distinct",
     "earm_sampling_seconds",
 )
 
@@ -50,6 +51,7 @@ def earm_values(earm: EarmLoss, samples: Samples, seconds: float) -> dict:
         "earm_negatives": samples.mask.size(0),
         "earm_negative_tokens": samples.mask.sum(),
         "earm_truncated": samples.truncated.sum(),
+        "earm_distinct": samples.distinct,
         "earm_sampling_seconds": seconds,
     }
 
@@ -68,6 +70,7 @@ def reduce_earm_metrics(logging_outputs: list) -> None:
         metrics.log_scalar("earm_max_weight", total["earm_max_weight"] / batches, batches, round=2)
         metrics.log_scalar("earm_negative_length", total["earm_negative_tokens"] / negatives, negatives, round=2)
         metrics.log_scalar("earm_truncated", total["earm_truncated"] / negatives, negatives, round=4)
+        metrics.log_scalar("earm_distinct", total["earm_distinct"] / negatives, negatives, round=4)
         metrics.log_scalar("earm_sampling_seconds", total["earm_sampling_seconds"] / batches, batches, round=3)
     skipped = MeterState().get("skipped_updates")
     if skipped is not None:

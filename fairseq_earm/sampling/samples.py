@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# Its powers, modulo 2^64, tell positions apart (Knuth's MMIX generator).
+MULTIPLIER = 6364136223846793005
+
 
 class Samples(NamedTuple):
     """Sequences drawn from a model, N per source, in the order of the sources (row i belongs to source i // N).
@@ -27,3 +30,12 @@ class Samples(NamedTuple):
     def lengths(self) -> Tensor:
         """(B·N,) number of drawn tokens, end-of-sentence included."""
         return self.mask.sum(1)
+
+    @property
+    def distinct(self) -> int:
+        """Number of different sequences of drawn tokens among the rows, whatever their sources.
+
+        Rows are told apart by one 64-bit number each, so that two that differ pass for the same next to never.
+        """
+        powers = self.tokens.new_full((self.tokens.size(1),), MULTIPLIER).cumprod(0)
+        return ((self.tokens + 1) * self.mask * powers).sum(1).unique().numel()
