@@ -7,10 +7,11 @@ import os
 from typing import List, Optional, Sequence
 
 from fairseq_earm.cli import case_study, convergence, text_report
-from fairseq_earm.cli.common import write_json, write_text
+from fairseq_earm.cli.common import check_json, write_json, write_text
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.ab_page import choose_pairs, page_and_key
 from fairseq_earm.evaluation.preference import binomial_p_value, is_key, preference
+from fairseq_earm.evaluation.whole_file import is_device
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -59,6 +60,9 @@ def export_page(args: argparse.Namespace) -> None:
     """Write the page and its key."""
     if args.items < 1 or args.checks < 0:
         raise UsageError(f"--items {args.items} --checks {args.checks}: give 1 item or more, and 0 checks or more")
+    check_json(args.output, flag="--output")
+    if is_device(args.output):
+        raise UsageError(f"--output {args.output}: the page's key is written beside it; give a file")
     a, b = _lines(args.a), _lines(args.b)
     prefixes = _lines(args.prefixes) if args.prefixes else None
     real = _lines(args.real) if args.real else a

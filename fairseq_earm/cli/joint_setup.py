@@ -28,6 +28,7 @@ from fairseq_earm.tasks.residual_translation import ResidualTranslationTask
 logger = logging.getLogger(__name__)
 
 LENGTHS = ("prefix_length", "sequence_length")
+MAX_LEN_A, MAX_LEN_B = 1.5, 10  # of pairs, unless told otherwise
 
 
 class Measured(NamedTuple):
@@ -66,6 +67,12 @@ def open_measured(args: argparse.Namespace) -> Measured:
 def _language(args: argparse.Namespace) -> Measured:
     if args.energy and args.energy_step == "post":
         raise UsageError("--energy-step post: text has no last step to come after; leave the flag out")
+    limits = getattr(args, "max_len_a", MAX_LEN_A), getattr(args, "max_len_b", MAX_LEN_B)
+    if limits != (MAX_LEN_A, MAX_LEN_B):
+        raise UsageError(
+            f"--max-len-a {limits[0]:g} --max-len-b {limits[1]}: for pairs of sentences; samples of text are as long as "
+            "--sequence-length says"
+        )
     dictionary = text_dictionary(args.data)
     data = text_task(dictionary, args.data)
     energy = _energy(args, data, ResidualLanguageModelingTask)

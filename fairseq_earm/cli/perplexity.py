@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fairseq_earm.cli.common import check_json, device, write_json
-from fairseq_earm.cli.joint_setup import Measured, numbers, open_measured
+from fairseq_earm.cli.joint_setup import MAX_LEN_A, MAX_LEN_B, Measured, numbers, open_measured
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
 from fairseq_earm.evaluation.work_file import WorkFile, open_work
@@ -61,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a sequence, prefix included; by default the energy's")
     parser.add_argument("--sample-break-mode", choices=BREAK_MODES, help="how text is cut; by default as for the energy, or none")
     parser.add_argument(
-        "--max-len-a", type=float, default=1.5, metavar="A",
-        help="pairs: samples have at most A * source length + B tokens (default: 1.5)",
+        "--max-len-a", type=float, default=MAX_LEN_A, metavar="A",
+        help="pairs: samples have at most A * source length + B tokens (default: %(default)s)",
     )
-    parser.add_argument("--max-len-b", type=int, default=10, metavar="B", help="see --max-len-a (default: 10)")
+    parser.add_argument("--max-len-b", type=int, default=MAX_LEN_B, metavar="B", help="see --max-len-a (default: %(default)s)")
     parser.add_argument(
         "--samples", type=numbers, nargs="+", action="extend", metavar="N",
         help="samples of each sequence for the normaliser; several numbers, as 1000,10000,100000, give the estimates from so many "

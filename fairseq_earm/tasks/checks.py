@@ -58,6 +58,15 @@ def report_other_proposal(source: str, *, temperature: float, topk: int, topp: f
         )
 
 
+def check_trains(cfg) -> None:
+    """Refuse a task's `--energy-path` in training (UsageError), where nothing would look at it."""
+    if cfg.energy_path is not None:
+        raise UsageError(
+            f"--energy-path {cfg.energy_path} is for generating, and training does not read it: to go on from an energy network give "
+            "--finetune-from-model"
+        )
+
+
 def check_criterion(cfg, prepared: bool) -> None:
     """Refuse a criterion, by its configuration, that never asked for negatives (UsageError); `prepared` says whether it did."""
     if not prepared:

@@ -21,7 +21,7 @@ from fairseq_earm.sampling.layout import prefix_continuation
 from fairseq_earm.sampling.store import SampleStore
 from fairseq_earm.tasks.batching import ExactBatches
 from fairseq_earm.tasks.checks import (
-    check_criterion, check_energy_network, check_proposal, report_idle_proposal, report_other_proposal,
+    check_criterion, check_energy_network, check_proposal, check_trains, report_idle_proposal, report_other_proposal,
 )
 from fairseq_earm.tasks.joint_sampling import JointSampling, JointSamplingConfig
 from fairseq_earm.tasks.negatives import DTYPES, BaseDtype, OnlineContinuations, StoredContinuations, draw_seed
@@ -170,6 +170,7 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
 
     def prepare_negatives(self, count: int) -> None:
         """Get ready to give `count` negatives for each sequence; the criterion calls this before any data is loaded."""
+        check_trains(self.cfg)
         self.count = count
         if self.cfg.negatives == ONLINE:
             self.source = self._online()

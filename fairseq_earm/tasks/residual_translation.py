@@ -18,7 +18,7 @@ from fairseq_earm.sampling.continuation import finite_log_q
 from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
 from fairseq_earm.sampling.layout import joint_dictionary, source_target
 from fairseq_earm.tasks.batching import ExactBatches
-from fairseq_earm.tasks.checks import check_criterion, check_energy_flags, check_energy_network
+from fairseq_earm.tasks.checks import check_criterion, check_energy_flags, check_energy_network, check_trains
 from fairseq_earm.tasks.negatives import DTYPES, BaseDtype, draw_seed, own_random_numbers
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class ResidualTranslationTask(ExactBatches, TranslationTask):
 
     def prepare_negatives(self, count: int) -> None:
         """Load the base model; the criterion calls this before any data is loaded."""
+        check_trains(self.cfg)
         path = self.cfg.base_model
         if path is None:
             raise UsageError("--base-model is missing: give the checkpoint of the translation model whose residual is learnt")

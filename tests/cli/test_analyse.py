@@ -161,5 +161,7 @@ def test_bad_files_of_pairs(tmp_path):
     with pytest.raises(SystemExit, match="a.txt is not JSON"):
         run("ab-test", a, a)
     b = write(tmp_path / "b.txt", ["two"] * 3)
-    with pytest.raises(SystemExit, match="page.html cannot be written"):
+    with pytest.raises(SystemExit, match="page.html: there is no such folder"):
         run("ab-export", a, b, "--items", 1, "--checks", 1, "--output", tmp_path / "none" / "page.html")
+    with pytest.raises(SystemExit, match="--output /dev/stdout: the page's key is written beside it"):
+        run("ab-export", a, b, "--items", 1, "--checks", 1, "--output", "/dev/stdout")

@@ -188,6 +188,7 @@ def test_bad_input_is_one_clear_line(residual, text, tiny, tmp_path, capsys):
     assert "--batch-size 0" in refused(capsys, *alone, "--batch-size", 0)
     assert "--max-sequences 0" in refused(capsys, *alone, "--max-sequences", 0)
     assert "--max-len-a -1" in refused(capsys, *alone, "--max-len-a", -1)
+    assert "--max-len-a 1.5 --max-len-b 3: for pairs" in refused(capsys, *alone, "--max-len-b", 3)
     assert "there is no such folder" in refused(capsys, *alone, "--json", tmp_path / "none" / "out.json")
     assert "there is no such folder" in refused(capsys, tmp_path / "none", text.base)
     assert "there is no such file" in refused(capsys, text.data, tmp_path / "none.pt", *LENGTHS)

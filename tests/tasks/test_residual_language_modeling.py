@@ -240,6 +240,7 @@ def refused(text, folder, *arguments, **options):
     (["--arch", "transformer_lm"], "--arch transformer_lm is no energy network"),
     (["--criterion", "cross_entropy"], "--criterion cross_entropy does not train an energy network"),
     (["--negatives", "nowhere"], "--negatives nowhere/(train|valid): these samples do not exist"),
+    (["--energy-path", "energy.pt"], "--energy-path energy.pt is for generating"),
     (["--sample-break-mode", "eos"], "--sequence-length 12: .* no sequence that long .*--sample-break-mode eos"),
 ])
 def test_bad_settings_are_named(text, tmp_path, flags, message):

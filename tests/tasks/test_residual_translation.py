@@ -252,6 +252,7 @@ def test_energies_that_are_not_finite_come_last(tiny, energy, monkeypatch, caplo
     (["--eval-bleu"], "--eval-bleu"),
     (["--arch", "transformer"], "--arch transformer is no energy network"),
     (["--criterion", "cross_entropy"], "--criterion cross_entropy does not train an energy network"),
+    (["--energy-path", "energy.pt"], "--energy-path energy.pt is for generating"),
     (["--energy-weight", -1], "--energy-weight -1.0 is not a finite number"),
 ])
 def test_bad_settings_are_named(tiny, tmp_path, flags, message):
