@@ -2,9 +2,10 @@
 
     torchrun ... distributed_worker.py FOLDER PLUGIN [arguments of fairseq-train]
 
-What the environment's FAULT says befalls the second worker: `nan`, the loss of update 3; `out of memory` or `error`, when it draws
-for the fourth time. With KNOWN_NEGATIVES all draw what `known_negatives` says. `--ddp-backend fully_sharded` runs on CPU, see
-`fairscale_on_cpu`.
+What the environment's FAULT says befalls the second worker: `nan`, the loss of update 3; `energy`, the energies of its third batch;
+`out of memory` or `error`, when it draws for the fourth time; `... between`, the same just after the first of that step's two
+collectives. A worker that ends with a line leaves it behind too. With KNOWN_NEGATIVES all draw what `known_negatives` says.
+`--ddp-backend fully_sharded` runs on CPU, see `fairscale_on_cpu`.
 """
 import math
 import os
@@ -20,12 +21,14 @@ from fairseq_cli.train import cli_main
 from known_negatives import known_negatives
 
 FAULTS = {"out of memory": RuntimeError("CUDA out of memory. (not really)"), "error": ValueError("something else")}
+BETWEEN = {f"{name} between": error for name, error in FAULTS.items()}
 
 
 def main(folder, plugin):
     torch.set_num_threads(1)
     utils.import_user_module(Namespace(user_dir=plugin))
     from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
+    from fairseq_earm.ebm.weights import StepStatistics
     from fairseq_earm.sampling.ancestral import AncestralSampler
 
     rank, drawn, trainers, fault = int(os.environ["RANK"]), 0, set(), os.environ.get("FAULT")
@@ -40,6 +43,13 @@ def main(folder, plugin):
             return known_negatives(*args)
         return sample(sampler, *args, **kwargs)
 
+    def lost_between(statistics, steps):
+        nonlocal fault
+        if rank == 1 and drawn == 4 and fault in BETWEEN:
+            error, fault = BETWEEN[fault], None
+            raise error
+        return up_to(statistics, steps)
+
     def spoilt(criterion, *args, **kwargs):
         loss, *rest = forward(criterion, *args, **kwargs)
         bad = rank == 1 and fault == "nan" and criterion.clock.num_updates == 3
@@ -49,7 +59,10 @@ def main(folder, plugin):
         trainers.add(trainer)
         return train_step(trainer, *args, **kwargs)
 
+    up_to, StepStatistics.up_to = StepStatistics.up_to, lost_between
     AncestralSampler.__call__, EarmCrossEntropyCriterion.forward, Trainer.train_step = counted, spoilt, remembered
+    if rank == 1 and fault == "energy":
+        spoil_energies()
     if "fully_sharded" in sys.argv:
         fairscale_on_cpu.install()
     cli_main()
@@ -57,6 +70,23 @@ def main(folder, plugin):
     torch.save({"weights": trainer.get_model().state_dict(), "drawn": drawn}, folder / f"{rank}.pt")
 
 
+def spoil_energies():
+    from fairseq_earm.models.energy_transformer import EnergyModel
+
+    forward, passes = EnergyModel.forward, 0
+
+    def spoilt(model, src_tokens):
+        nonlocal passes
+        passes += model.training
+        return forward(model, src_tokens) * (math.nan if passes == 3 else 1)
+
+    EnergyModel.forward = spoilt
+
+
 if __name__ == "__main__":
     own, sys.argv[1:] = sys.argv[1:3], sys.argv[3:]
-    main(Path(own[0]), own[1])
+    try:
+        main(Path(own[0]), own[1])
+    except SystemExit as end:
+        Path(own[0], f"{os.environ['RANK']}.txt").write_text(str(end))
+        raise

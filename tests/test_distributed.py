@@ -2,7 +2,6 @@
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from omegaconf import OmegaConf
 from fairseq_earm.sampling import isolation
 from fairseq_earm.sampling.ancestral import AncestralSampler
 from tests.known_negatives import known_negatives
+from tests.tiny_energy import LENGTHS, SIZES
 from tests.tiny_translation import ARCH, PLUGIN, train, train_arguments, used_weights
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -41,7 +41,7 @@ def end_of_workers(folder, arguments, environment):
         try:
             printed = process.communicate(timeout=400)[0]
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()  # torchrun's workers have sessions of their own, and it ends them
             pytest.fail(f"the workers hang: {process.communicate()[0][-3000:]}")
     return process.returncode, printed
 
@@ -141,9 +141,10 @@ def test_two_workers_are_one_with_twice_the_batch(tiny, whole, tmp_path, flags):
             assert figure not in other or float(one[figure]) == pytest.approx(other[figure], abs=2e-3), figure
 
 
-def test_a_worker_out_of_memory_loses_its_batch_and_no_one_waits(tiny, tmp_path):
+@pytest.mark.parametrize("fault", ["out of memory", "out of memory between"])
+def test_a_worker_out_of_memory_loses_its_batch_and_no_one_waits(tiny, tmp_path, fault):
     """As with any criterion, in the last of an update's batches alone: elsewhere fairseq loses the thread."""
-    printed, left = train_on_two(tiny, tmp_path, "legacy_ddp", "--update-freq", 2, FAULT="out of memory")
+    printed, left = train_on_two(tiny, tmp_path, "legacy_ddp", "--update-freq", 2, FAULT=fault)
     assert printed.count("attempting to recover from OOM") == 1
     first, second = (used_weights(found["weights"]) for found in left)
     assert all(torch.equal(weight, second[name]) and bool(torch.isfinite(weight).all()) for name, weight in first.items())
@@ -152,9 +153,10 @@ def test_a_worker_out_of_memory_loses_its_batch_and_no_one_waits(tiny, tmp_path)
     assert lost in (19, 32)  # one batch
 
 
-def test_a_worker_s_error_ends_the_run(tiny, tmp_path):
+@pytest.mark.parametrize("fault", ["error", "error between"])
+def test_a_worker_s_error_ends_the_run(tiny, tmp_path, fault):
     arguments = train_arguments(tiny, tmp_path / "out", *EARM, "--ddp-backend", "legacy_ddp", *WORKERS)
-    status, printed = end_of_workers(tmp_path, arguments, {"FAULT": "error"})
+    status, printed = end_of_workers(tmp_path, arguments, {"FAULT": fault})
     assert status != 0 and "ValueError: something else" in printed
     assert not (tmp_path / "out" / "checkpoint_last.pt").exists()
 
@@ -239,3 +241,13 @@ def test_workers_draw_different_negatives(tiny, wrapped):
     first, second = (found["negatives"] for found in wrapped)
     assert torch.equal(first, negatives(load_double(tiny.a), tiny.a))
     assert not torch.equal(first, second)
+
+
+def test_workers_end_together_when_one_s_energies_are_no_numbers(text, tmp_path):
+    """Each with the same line, not by what launches them."""
+    task = ["--task", "residual_language_modeling", "--criterion", "residual_nce", *LENGTHS, "--base-lm", text.base]
+    arguments = train_arguments(text, tmp_path / "out", *task, "--ddp-backend", "legacy_ddp", *WORKERS, arch=["--arch", "bit_tiny", *SIZES])
+    status, _ = end_of_workers(tmp_path, arguments, {"FAULT": "energy"})
+    lines = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert lines[0] == lines[1] and "the gradient of all workers together is not finite, training has diverged" in lines[0]
+    assert status != 0

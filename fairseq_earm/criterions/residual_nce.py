@@ -1,4 +1,5 @@
 """Criterion `residual_nce`: noise-contrastive estimation of a residual energy (Deng et al. 2020, Eq. 3)."""
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -6,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
+from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.logging import metrics
 from omegaconf import II
 
+from fairseq_earm.criterions.training_clock import observe
 from fairseq_earm.ebm.nce import nce_logits, residual_nce_loss
 from fairseq_earm.errors import UsageError
 
@@ -23,6 +26,7 @@ KEYS = (
 )
 # exp(−E) of a sample counts as exp of this at most: sums over all samples of an interval stay finite in float64.
 MAX_LOG_WEIGHT = 600.0
+DIVERGED = "training has diverged; lower --lr or --clip-norm and go on from the last checkpoint"
 
 
 @dataclass
@@ -55,7 +59,8 @@ class ResidualNceCriterion(FairseqCriterion):
     through the network in one forward pass. Sample size is the number of sequences of the data.
 
     Raises:
-        UsageError: another kind of task, settings out of range, and in training energies that are not finite.
+        UsageError: another kind of task, settings out of range, and energies that are not finite: of several workers in
+            training all raise it, once they know each other's gradients.
     """
 
     def __init__(self, task, cfg):
@@ -64,6 +69,10 @@ class ResidualNceCriterion(FairseqCriterion):
         self.cfg = cfg
         self.task = task
         task.prepare_negatives(cfg.nce_negatives_per_positive)
+        # In half precision fairseq's loss scaler takes a batch that is not finite for an overflow, and skips it.
+        self.guarded = not (cfg.fp16 or cfg.amp)
+        self.optimizer = None
+        observe(task, "train_step", self._on_step)
 
     def forward(self, model, sample, reduce=True):
         """Loss in nats, sample size and logging output of one batch."""
@@ -71,25 +80,27 @@ class ResidualNceCriterion(FairseqCriterion):
         data = self.task.sequences(sample)
         negatives = self.task.negatives(sample, count, training=model.training)
         energies = model(src_tokens=_stack(data, negatives, self.task.energy_pad))
-        self._check_finite(energies)
+        bad = int((~energies.detach().isfinite()).sum()) if self.guarded else 0
         energy_data, energy_noise = energies.split([data.size(0), negatives.size(0)])
         loss = residual_nce_loss(
             energy_data, energy_noise, noise_per_data=count, label_smoothing=self.cfg.label_smoothing
         )
+        if bad:
+            loss = self._spoilt(loss, f"{bad} of {energies.numel()} energies", model.training)
         log = _log(loss, energy_data, energy_noise, count)
         log.update(sample_size=data.size(0), nsentences=data.size(0), ntokens=sample["ntokens"])
         return loss, data.size(0), log
 
-    def _check_finite(self, energies) -> None:
-        # In half precision fairseq's loss scaler takes such a batch for an overflow, and skips it.
-        if self.cfg.fp16 or self.cfg.amp:
-            return
-        bad = int((~energies.detach().isfinite()).sum())
-        if bad:
-            raise UsageError(
-                f"--criterion residual_nce: {bad} of {energies.numel()} energies are not finite, training has diverged; "
-                "lower --lr or --clip-norm and go on from the last checkpoint"
-            )
+    def _spoilt(self, loss, what: str, training: bool):
+        """One worker ends here. Of several, the others would wait for this one's gradient: so it gives one, of no numbers."""
+        if training and get_data_parallel_world_size() > 1:
+            return loss * math.nan
+        raise UsageError(f"--criterion residual_nce: {what} are not finite, {DIVERGED}")
+
+    def _on_step(self, optimizer, **unused) -> None:
+        if self.guarded and optimizer is not self.optimizer and get_data_parallel_world_size() > 1:
+            self.optimizer = optimizer
+            optimizer.clip_grad_norm = functools.partial(_finite_norm, optimizer.clip_grad_norm)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
@@ -113,6 +124,14 @@ class ResidualNceCriterion(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """They can: every worker reports the same scalars in every update."""
         return True
+
+
+def _finite_norm(clip_grad_norm, *args, **kwargs):
+    """The norm of the gradient that all workers have by now."""
+    norm = clip_grad_norm(*args, **kwargs)
+    if not bool(torch.isfinite(torch.as_tensor(norm)).all()):
+        raise UsageError(f"--criterion residual_nce: the gradient of all workers together is not finite, {DIVERGED}")
+    return norm
 
 
 def _log(loss, energy_data, energy_noise, count: int) -> dict:

@@ -181,6 +181,24 @@ def test_energies_that_are_not_finite_end_training(value, token):
         assert not scaled(network, batch(*DATA))[0].isfinite()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_of_several_workers_all_end_by_the_gradient_they_share(monkeypatch, value):
+    monkeypatch.setattr("fairseq_earm.criterions.residual_nce.get_data_parallel_world_size", lambda: 2)
+    task, network, criterion = setting()
+    with torch.no_grad():
+        network.energies[3] = value
+    norms = [torch.tensor(1.0), torch.tensor(math.nan)]
+    optimizer = Namespace(backward=lambda loss: loss.backward(), clip_grad_norm=lambda limit: norms.pop(0))
+    for _ in range(2):
+        loss = task.train_step(batch(*DATA), network, criterion, optimizer, 0)[0]
+    assert loss.isnan() and network.energies.grad.isnan().any()
+    assert optimizer.clip_grad_norm(1.0) == 1 and len(norms) == 1  # put in place once, not once a step
+    with pytest.raises(UsageError, match="gradient of all workers together is not finite, training has diverged; lower --lr"):
+        optimizer.clip_grad_norm(1.0)
+    with pytest.raises(UsageError, match="2 of 6 energies"):
+        criterion(network.eval(), batch(*DATA))
+
+
 @pytest.mark.parametrize("flag, value", [
     ("nce_negatives_per_positive", 0), ("label_smoothing", -0.1), ("label_smoothing", 0.5), ("label_smoothing", math.nan),
 ])
