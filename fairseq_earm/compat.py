@@ -51,6 +51,17 @@ def restore_numpy_names() -> None:
         for name, value in (("float", float), ("compat", argparse.Namespace(long=int))):
             if not hasattr(np, name):
                 setattr(np, name, value)
+    if parse(np.__version__) >= (2, 4):
+        _wrap(np, "percentile", _with_interpolation)
+
+
+def _with_interpolation(original: Callable) -> Callable:
+    """numpy ≥ 2.4 knows it as `method` alone; `--num-batch-buckets` gives it by its former name."""
+
+    def percentile(*args, interpolation=None, **kwargs):
+        return original(*args, **kwargs, **({} if interpolation is None else {"method": interpolation}))
+
+    return percentile
 
 
 def read_numpy_2_arrays() -> None:

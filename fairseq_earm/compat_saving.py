@@ -93,10 +93,10 @@ def _appear_whole(filename: str, ending: str, write: Callable) -> None:
             write(unfinished)
             os.replace(unfinished, filename)
             return
-        except Exception as error:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
-            refusal = _refusal(error)
+            refusal = _refusal(error) if isinstance(error, Exception) else None
             if refusal is None:
                 raise
             if attempt == ATTEMPTS:

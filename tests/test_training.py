@@ -51,6 +51,18 @@ def is_sound(run, updates):
     return len(log) == updates and finite and all(bool(torch.isfinite(weight).all()) for weight in weights)
 
 
+def test_padding_of_buckets_is_nobodys_data(tiny, tmp_path):
+    whole = [*FROM_THE_FIRST, "--max-update", 1, "--dropout", 0, "--batch-size", 1000, "--max-tokens", 10**6]
+    whole += ["--required-batch-size-multiple", 1]
+    plain = train(tiny, tmp_path / "plain", *whole)
+    padded = train(tiny, tmp_path / "padded", *whole, "--num-batch-buckets", 1)
+    [of_plain], [of_padded] = plain.log(), padded.log()
+    for key in ("nll_loss", "earm_energy_data"):
+        assert of_padded[key] == pytest.approx(of_plain[key], rel=1e-3), key
+    assert of_padded["wpb"] == of_plain["wpb"]
+    assert is_sound(padded, 1)
+
+
 @pytest.mark.parametrize("task", ["translation", "earm_translation"])
 def test_earm_is_logged_from_its_start_on(tiny, tmp_path, task):
     run = train(tiny, tmp_path, *EARM, "--earm-start-update", 2, "--max-update", 4, "--task", task)

@@ -65,7 +65,7 @@ def _backward(loss, parameters):
     return run
 
 
-def rows(setting: Setting, tokens: int = 4000, vocabularies: Sequence[int] = (10000, 40000), dim: int = 512, block: int = 512) -> List[Row]:
+def rows(setting: Setting, tokens: int = 4000, vocabularies: Sequence[int] = (10000, 40000), dim: int = 512, block: int = 256) -> List[Row]:
     """Forward and backward of each loss head, from logits and from states.
 
     Args:
