@@ -218,7 +218,7 @@ class World(ResidualLanguageModelingTask):
     def __init__(self, model, energy):
         dictionary, self.model = model.decoder.dictionary, model
         flags = {"negatives_temperature": 1.0, "negatives_topk": -1, "negatives_topp": -1.0, "negatives": "online"}
-        super().__init__(Namespace(prefix_length=1, sequence_length=3, **flags), dictionary)
+        super().__init__(Namespace(prefix_length=1, sequence_length=3, energy_path=None, **flags), dictionary)
         # Every continuation of every prefix, its log-probability under the base and its energy: (prefixes, continuations).
         prefixes = [[dictionary.index("w0")], [dictionary.eos()]]
         found = [enumerate_continuations(model, torch.tensor(prefix), 2) for prefix in prefixes]
