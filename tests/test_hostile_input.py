@@ -251,9 +251,9 @@ REPORTS = [
             "difference": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.5, "sacrebleu_p_value": 0.2}}}},
     },
 ]
-PERPLEXITY = {
-    **REPORTS[0], "settings": {name: hashlib.sha256(name.encode()).hexdigest() for name in ("base", "energy")}
-}
+MEASURED = argparse.Namespace(data={"split": "test", "text": "ab12"})
+MODELS = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("base", "energy")}
+PERPLEXITY = {**REPORTS[0], "settings": {**MODELS, **MEASURED.data}}
 KEY = {"page": "p", "items": [{"item": 0, "line": 3, "left": "A"}, {"item": 1, "line": 4, "left": "B"}, {"item": 2, "line": 5, "left": "real"}]}
 ANSWERS = {"page": "p", "rater": "me", "answers": {"0": "left", "1": "left", "2": "left"}}
 
@@ -272,7 +272,7 @@ def drawn_perplexity(folder, path):
     for name in ("base", "energy"):
         (folder / name).write_bytes(name.encode())
     args = argparse.Namespace(perplexity=str(path), path=str(folder / "base"), energy_path=str(folder / "energy"))
-    found = text_report._read_perplexity(args)
+    found = text_report._read_perplexity(args, MEASURED)
     assert all(row["perplexity_lower"] > 0 for row in found["joint"]) and found["base"]["perplexity"] > 0
 
 
