@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, List, NamedTuple, Sequence
+from typing import List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -33,6 +33,7 @@ TRAINING = (
     "--no-progress-bar --log-format json --log-interval 20"
 ).split()
 MEGABYTE = 2**20
+MEMORY = {"rss": "training process", "peak": "most of it since the last sample", "private": "with its children, without libraries"}
 
 
 class Series(NamedTuple):
@@ -67,13 +68,16 @@ def kilobytes(path: str, name: str) -> int:
 def sample(pid: int, log: Path) -> dict:
     """What a training process and its children hold now.
 
-    `rss` is the process's own resident memory; `pss` that of all processes, shared pages counted once; both in bytes.
+    In bytes: `rss` is the process's own resident memory, `peak` the most of it since the last sample; `private` that of all
+    processes without files and libraries, which may be shared with other programs.
     """
     updates = log.read_bytes()[-4096:].decode(errors="replace").rpartition('"num_updates": "')[2].partition('"')[0]
-    held = {"rss": 1024 * kilobytes(f"/proc/{pid}/status", "VmRSS"), "pss": 0, "files": 0, "threads": 0, "processes": 0}
+    rss, peak = (1024 * kilobytes(f"/proc/{pid}/status", name) for name in ("VmRSS", "VmHWM"))
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+    held = {"rss": rss, "peak": peak, "private": 0, "files": 0, "threads": 0, "processes": 0}
     for process in tree(pid):
         try:
-            held["pss"] += 1024 * kilobytes(f"/proc/{process}/smaps_rollup", "Pss")
+            held["private"] += 1024 * sum(kilobytes(f"/proc/{process}/smaps_rollup", name) for name in ("Pss_Anon", "Pss_Shmem"))
             held["files"] += len(list(Path(f"/proc/{process}/fd").iterdir()))
             held["threads"] += len(list(Path(f"/proc/{process}/task").iterdir()))
             held["processes"] += 1
@@ -111,15 +115,15 @@ def run(args: argparse.Namespace) -> None:
             raise SystemExit(f"training ended by itself, with status {process.returncode}; see {log}")
 
 
-def levels(minutes: np.ndarray, values: np.ndarray, window: float, level: Callable) -> np.ndarray:
-    """(W, 2) middle of each window, and its values' level; a last window that is not full joins the one before."""
+def levels(minutes: np.ndarray, values: np.ndarray, window: float) -> np.ndarray:
+    """(W, 2) middle of each window, and its values' median; a last window that is not full joins the one before."""
     number = np.minimum((minutes - minutes[0]) // window, max((minutes[-1] - minutes[0]) // window - 1, 0))
-    return np.array([[minutes[number == w].mean(), level(values[number == w])] for w in np.unique(number)])
+    return np.array([[minutes[number == w].mean(), np.median(values[number == w])] for w in np.unique(number)])
 
 
-def series(minutes: np.ndarray, values: np.ndarray, window: float, level: Callable) -> Series:
+def series(minutes: np.ndarray, values: np.ndarray, window: float) -> Series:
     """How a quantity went from window to window."""
-    times, found = levels(minutes, values, window, level).T
+    times, found = levels(minutes, values, window).T
     slope = np.polyfit(times, found, 1)[0] if len(times) > 1 else 0.0
     first, last = found[0], found[-1]
     return Series(first, last, 100 * (last - first) / first, 100 * slope * (times[-1] - times[0]) / first)
@@ -136,18 +140,17 @@ def report(args: argparse.Namespace) -> bool:
     print(
         f"{minutes[-1]:.0f} minutes" + (f" (and {stopped:.0f} in which the machine stood still)" if stopped >= 1 else "")
         + f", {settled[-1]['updates']:,} updates, {len(samples):,} samples; windows of {args.window:g} minutes "
-        f"after minute {args.after:g}, peaks of memory and medians of the rest:"
+        f"after minute {args.after:g}, their medians:"
     )
     print(f"{'':<18} {'first':>8} {'last':>8} {'growth':>9} {'trend':>9}")
     sound = True
-    for name, unit in (("rss", MEGABYTE), ("pss", MEGABYTE), ("files", 1), ("threads", 1), ("processes", 1)):
-        # Batches differ in shape, so memory is known by its peaks; files in flight from the loader's process come and go.
-        level = np.max if unit > 1 else np.median
-        found = series(minutes[-len(settled) :], np.array([line[name] for line in settled]) / unit, args.window, level)
-        limit = args.limit if unit > 1 else 0
+    for name in ("rss", "peak", "private", "files", "threads", "processes"):
+        unit, limit = (MEGABYTE, args.limit) if name in MEMORY else (1, 0)
+        # By medians: which batch is under way differs from sample to sample, and files from the loader's process come and go.
+        found = series(minutes[-len(settled) :], np.array([line[name] for line in settled]) / unit, args.window)
         leaks = min(found.growth, found.trend) > limit
         sound = sound and not leaks
-        label = f"{name}, MiB" if unit > 1 else name
+        label = f"{name}, MiB" if name in MEMORY else name
         row = f"{label:<18} {found.first:8.1f} {found.last:8.1f} {found.growth:+8.2f}% {found.trend:+8.2f}%"
         print(row + (f"  LEAKS (limit {limit:g}%)" if leaks else ""))
     _plot(samples, minutes, args.folder / "soak.png")
@@ -169,7 +172,7 @@ def _plot(samples: Sequence[dict], minutes: np.ndarray, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (memory, counts) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 5), constrained_layout=True)
-    for name, label in (("rss", "resident, training process"), ("pss", "proportional, with its children")):
+    for name, label in MEMORY.items():
         memory.plot(minutes, [line[name] / MEGABYTE for line in samples], label=label, linewidth=0.8)
     for name in ("files", "threads", "processes"):
         counts.plot(minutes, [line[name] for line in samples], label=name, linewidth=0.8)

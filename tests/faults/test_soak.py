@@ -15,7 +15,8 @@ def judged(folder, leak=0.0, files=0, spread=5.0):
     lines = []
     for minute in range(0, 121):
         rss = 2**20 * (700 + rng.uniform(-spread, 0)) * (1 + leak / 100 * minute / 60) * (0.5 if minute < 5 else 1)
-        held = {"rss": rss, "pss": rss, "files": 60 + files * (minute // 60) + 90 * (minute == 119), "threads": 9, "processes": 2, "updates": minute}
+        memory = {"rss": rss, "peak": rss + 2**20 * rng.expovariate(1 / 5), "private": rss}
+        held = {**memory, "files": 60 + files * (minute // 60) + 90 * (minute == 119), "threads": 9, "processes": 2, "updates": minute}
         lines.append(json.dumps({"seconds": 60 * minute, **held}))
     (folder / "samples.jsonl").write_text("\n".join(lines) + '\n{"seconds": 12')
     return soak.report(soak.parser().parse_args(["report", str(folder)]))
@@ -28,7 +29,7 @@ def test_what_is_flat_is_sound_and_what_grows_is_not(tmp_path, capsys):
     capsys.readouterr()
     assert not judged(tmp_path, leak=2)
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in printed if "LEAKS (limit 2%)" in line] == ["rss", "pss"]
+    assert [line.split(",")[0] for line in printed if "LEAKS (limit 2%)" in line] == ["rss", "peak", "private"]
     assert not judged(tmp_path, files=1)
     assert "files" in next(line for line in capsys.readouterr().out.splitlines() if "LEAKS" in line)
 
@@ -49,11 +50,14 @@ def test_a_sample_sees_memory_files_children_and_progress(tmp_path):
     log = tmp_path / "train.log"
     log.write_text('x {"loss": "3", "num_updates": "12", "lr": "1"}\nx {"loss": "3", "num_updates": "14", "lr": "1"}\n')
     before = soak.sample(os.getpid(), log)
+    bytearray(os.urandom(2**26))
     held = bytearray(os.urandom(2**25))
     child = subprocess.Popen(["sleep", "600"])
     with log.open():
         after = soak.sample(os.getpid(), log)
     child.kill()
     child.wait()
-    assert len(held) == 2**25 and after["rss"] - before["rss"] > 2**24
+    assert len(held) == 2**25 and after["rss"] - before["rss"] > 2**24 and after["private"] - before["private"] > 2**24
+    assert after["peak"] - after["rss"] > 2**24
+    assert soak.sample(os.getpid(), log)["peak"] < after["peak"]
     assert after["processes"] == before["processes"] + 1 and after["files"] > before["files"] and after["updates"] == 14
