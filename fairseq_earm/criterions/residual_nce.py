@@ -1,5 +1,4 @@
 """Criterion `residual_nce`: noise-contrastive estimation of a residual energy (Deng et al. 2020, Eq. 3)."""
-import functools
 import math
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.logging import metrics
 from omegaconf import II
 
-from fairseq_earm.criterions.training_clock import observe
+from fairseq_earm.criterions.training_clock import watch_gradient
 from fairseq_earm.ebm.nce import nce_logits, residual_nce_loss
 from fairseq_earm.errors import UsageError
 
@@ -71,8 +70,8 @@ class ResidualNceCriterion(FairseqCriterion):
         task.prepare_negatives(cfg.nce_negatives_per_positive)
         # In half precision fairseq's loss scaler takes a batch that is not finite for an overflow, and skips it.
         self.guarded = not (cfg.fp16 or cfg.amp)
-        self.optimizer = None
-        observe(task, "train_step", self._on_step)
+        if self.guarded and get_data_parallel_world_size() > 1:
+            watch_gradient(task, self._judge)
 
     def forward(self, model, sample, reduce=True):
         """Loss in nats, sample size and logging output of one batch."""
@@ -97,10 +96,10 @@ class ResidualNceCriterion(FairseqCriterion):
             return loss * math.nan
         raise UsageError(f"--criterion residual_nce: {what} are not finite, {DIVERGED}")
 
-    def _on_step(self, optimizer, **unused) -> None:
-        if self.guarded and optimizer is not self.optimizer and get_data_parallel_world_size() > 1:
-            self.optimizer = optimizer
-            optimizer.clip_grad_norm = functools.partial(_finite_norm, optimizer.clip_grad_norm)
+    def _judge(self, norm, optimizer):
+        if not bool(torch.isfinite(norm).all()):
+            raise UsageError(f"--criterion residual_nce: the gradient of all workers together is not finite, {DIVERGED}")
+        return norm
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
@@ -124,14 +123,6 @@ class ResidualNceCriterion(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """They can: every worker reports the same scalars in every update."""
         return True
-
-
-def _finite_norm(clip_grad_norm, *args, **kwargs):
-    """The norm of the gradient that all workers have by now."""
-    norm = clip_grad_norm(*args, **kwargs)
-    if not bool(torch.isfinite(torch.as_tensor(norm)).all()):
-        raise UsageError(f"--criterion residual_nce: the gradient of all workers together is not finite, {DIVERGED}")
-    return norm
 
 
 def _log(loss, energy_data, energy_noise, count: int) -> dict:

@@ -103,6 +103,23 @@ class EarmSchedule:
             self.state.set("first_update", -1)
 
 
+def watch_gradient(task, judge: Callable) -> None:
+    """Have `judge(norm, optimizer)` say what goes on as the norm of a gradient, which all workers have by then.
+
+    Optimizers with a loss scaler judge by themselves, and are left to it.
+    """
+    watched = None
+
+    def on_step(optimizer, **unused) -> None:
+        nonlocal watched
+        if optimizer is not watched and getattr(optimizer, "scaler", None) is None:
+            watched = optimizer
+            clip = optimizer.clip_grad_norm
+            optimizer.clip_grad_norm = lambda *args, **kwargs: judge(torch.as_tensor(clip(*args, **kwargs)), optimizer)
+
+    observe(task, "train_step", on_step)
+
+
 class NonfiniteGuard:
     """Skips updates whose gradient is not finite, as fairseq does in half precision, where it would stop in float32.
 
@@ -120,23 +137,16 @@ class NonfiniteGuard:
         self.state = state
         self.skipping = False
         self.in_a_row = 0
-        self.optimizer = None
-        observe(task, "train_step", self._on_step)
+        watch_gradient(task, self._judge)
         self._step = task.optimizer_step
         task.optimizer_step = self._optimizer_step
 
-    def _on_step(self, optimizer, **unused) -> None:
-        if optimizer is not self.optimizer and getattr(optimizer, "scaler", None) is None:
-            self.optimizer = optimizer
-            optimizer.clip_grad_norm = functools.partial(self._clip, optimizer.clip_grad_norm)
-
-    def _clip(self, clip_grad_norm: Callable, *args, **kwargs):
-        norm = torch.as_tensor(clip_grad_norm(*args, **kwargs))
+    def _judge(self, norm: torch.Tensor, optimizer) -> torch.Tensor:
         self.skipping = self.active() and not bool(torch.isfinite(norm).all())
         self.in_a_row = self.in_a_row + 1 if self.skipping else 0
         if not self.skipping or self.in_a_row > MAX_SKIPPED_IN_A_ROW:
             return norm
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         skipped = int(self.state.get("skipped_updates", 0)) + 1
         self.state.set("skipped_updates", skipped)
         logger.warning(f"E-ARM's gradient is not finite: update skipped ({skipped} skipped so far)")
