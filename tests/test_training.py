@@ -5,9 +5,10 @@ import pytest
 import torch
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
 
+from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.ancestral import AncestralSampler
 from fairseq_earm.sampling.scoring import decoder_input
-from tests.tiny_translation import same_state, train, used_weights
+from tests.tiny_translation import ARCH, same_state, train, used_weights
 
 EARM = ["--criterion", "earm_cross_entropy", "--label-smoothing", 0.1]
 FROM_THE_FIRST = [*EARM, "--earm-start-update", 0, "--max-update", 3]
@@ -181,3 +182,9 @@ def test_a_model_without_incremental_decoding_is_said_to_be_slow(tiny, tmp_path,
     monkeypatch.setattr("fairseq_earm.sampling.decoding._warned", set())
     run = train(tiny, tmp_path, *FROM_THE_FIRST, "--max-update", 1, arch=WITHOUT_CACHE)
     assert [line for line in run.warnings() if "no incremental decoding" in line and line.startswith("FConvDecoder")]
+
+
+@pytest.mark.parametrize("kind", ["nonautoregressive_transformer", "levenshtein_transformer"])
+def test_models_that_do_not_write_from_left_to_right_are_refused(kind, tiny, tmp_path):
+    with pytest.raises(UsageError, match="--criterion earm_cross_entropy: E-ARM writes its negatives from left to right, and .* cannot"):
+        train(tiny, tmp_path, *FROM_THE_FIRST, arch=["--arch", kind, *ARCH[2:]])

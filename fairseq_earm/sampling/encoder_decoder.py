@@ -1,13 +1,14 @@
 """Encoder-decoder models: translation, and whatever else turns a source into a target."""
 from __future__ import annotations
 
+from fairseq.models.nat import FairseqNATModel
 from fairseq.modules import LearnedPositionalEmbedding
 from torch import Tensor
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling import build_sampler
 from fairseq_earm.sampling.family import ModelFamily, Passes, end_of_sentence
-from fairseq_earm.sampling.joint_forward import forward_with_negatives
+from fairseq_earm.sampling.joint_forward import forward_with_negatives, unwrapped
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import keep_teacher_forced
 from fairseq_earm.sampling.scoring import decoder_input, start_tokens
@@ -40,6 +41,12 @@ class EncoderDecoderFamily(ModelFamily):
             raise UsageError(
                 f"--criterion earm_cross_entropy: this task's models are encoder-decoder models, and {type(model).__name__} is "
                 "none; for language models there is --task earm_language_modeling, for images earm_image_modeling"
+            )
+        kind = type(unwrapped(model))
+        if issubclass(kind, FairseqNATModel):
+            raise UsageError(
+                f"--criterion earm_cross_entropy: E-ARM writes its negatives from left to right, and {kind.__name__} cannot; give an "
+                "autoregressive model, such as --arch transformer"
             )
         super().check(model)
 
