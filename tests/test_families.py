@@ -7,6 +7,8 @@ import pytest
 import torch
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.models import FairseqEncoderDecoderModel
+from fairseq.models.transformer_align import TransformerAlignModel
 from scipy.stats import chi2
 
 from fairseq_earm.ebm import products
@@ -137,6 +139,16 @@ def test_models_that_do_not_hand_out_their_states_are_refused(family, monkeypatc
     monkeypatch.setattr(family.model.decoder, "adaptive_softmax", torch.nn.Identity(), raising=False)
     with pytest.raises(UsageError, match="--earm-loss-rows: .* leave the flag out"):
         criterion(family.model, family.sample)
+
+
+# The first is what multilingual_transformer is made of.
+@pytest.mark.parametrize("kind", [FairseqEncoderDecoderModel, TransformerAlignModel])
+def test_models_that_do_not_ask_their_decoder_for_its_states_are_refused(kind):
+    model = FAMILIES["encoder-decoder"](rounded=False).model
+    check_projection(model)
+    model.__class__ = kind
+    with pytest.raises(UsageError, match=f"--earm-loss-rows: {kind.__name__} does not hand out its states"):
+        check_projection(model)
 
 
 @pytest.mark.parametrize("name, attribute, says", [

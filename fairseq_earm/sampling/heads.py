@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fairseq_earm.ebm.loss_head import TokenStatistics, projected_statistics, token_statistics
 from fairseq_earm.errors import UsageError
+from fairseq_earm.sampling.joint_forward import unwrapped
 
 
 class LogitHead(NamedTuple):
@@ -77,7 +78,9 @@ def check_projection(model) -> None:
     decoder = model.decoder
     apart = isinstance(getattr(decoder, "output_projection", None), nn.Linear)
     apart = apart and getattr(decoder, "adaptive_softmax", None) is None
-    if not apart or "features_only" not in inspect.signature(decoder.forward).parameters:
+    # A model with an encoder that does not know the flag gives it to the encoder too, or takes it for a mistake.
+    asked = [decoder, unwrapped(model)] if hasattr(model, "encoder") else [decoder]
+    if not apart or not all("features_only" in inspect.signature(module.forward).parameters for module in asked):
         raise UsageError(
             f"--earm-loss-rows: {type(model).__name__} does not hand out its states without its logits (transformer, "
             "transformer_lm and transformer_xl_lm without an adaptive softmax do); leave the flag out"
