@@ -88,6 +88,7 @@ def _language(args: argparse.Namespace) -> Measured:
         combine=args.gen_subset == "train",
     )
     indices = spread(len(blocks), args.max_sequences)
+    text = blocks.fingerprint()  # before `prefetch`: it reads other sequences into memory, in the place of those there
     if blocks.supports_prefetch:
         blocks.prefetch(indices)
     model = base.to(device(args)).model
@@ -101,7 +102,7 @@ def _language(args: argparse.Namespace) -> Measured:
         lambda index: blocks[index].to(device(args)),
         blocks.skipped,
         _language_conditions(prefix, length, break_mode),
-        {"text_sha256": blocks.fingerprint(), "prefix_length": prefix, "sequence_length": length},
+        {"text_sha256": text, "prefix_length": prefix, "sequence_length": length},
     )
 
 

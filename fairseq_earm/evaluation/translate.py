@@ -170,6 +170,8 @@ def load_pairs(task, data: str, split: str):
     dataset = task.dataset(split)
     if getattr(dataset, "tgt", None) is None:
         raise UsageError(f"--gen-subset {split}: {data} has no references for this split; preprocess it with both languages")
+    if dataset.supports_prefetch:  # fairseq's format `cached`, of which nothing can be had before
+        dataset.prefetch(range(len(dataset)))
     return dataset
 
 

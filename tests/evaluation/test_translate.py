@@ -70,6 +70,15 @@ def test_sources_and_references_are_words(tiny, pair):
     assert pairs_hash(pair[0].dataset, [0, 1]) != pairs_hash(pair[0].dataset, [1, 0])
 
 
+def test_data_read_ahead_are_the_same_pairs(tiny, pair, tmp_path):
+    dictionaries = ["--srcdict", tiny.data / "dict.src.txt", "--tgtdict", tiny.data / "dict.tgt.txt"]
+    where = [*dictionaries, "--testpref", tiny.folder / "test", "--destdir", tmp_path, "--dataset-impl", "cached"]
+    command("preprocess", "-s", "src", "-t", "tgt", *where, "--workers", 1)
+    [ahead] = open_translators([("--path", str(tiny.a))], str(tmp_path), "test", device=CPU)
+    assert pairs_hash(ahead.dataset, range(7)) == pairs_hash(pair[0].dataset, range(7))
+    assert ahead.translate([5, 0], beam=2) == pair[0].translate([5, 0], beam=2)
+
+
 def test_pairs_that_a_model_has_no_positions_for_are_left_out(pair):
     longest = int(pair[0].dataset.tgt_sizes.max())
     short = pair[1]._replace(model=WithPositions(64, longest - 1))
