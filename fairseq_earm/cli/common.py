@@ -88,9 +88,9 @@ def check_png(path: str, *, flag: str) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what numpy takes for no seed."""
-    if seed < 0:
-        raise UsageError(f"--seed {seed}: give 0 or more")
+    """Refuse what numpy or torch takes for no seed."""
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed}: give 0 or more, below 2^63")
 
 
 def write_json(path: str, report: dict) -> None:

@@ -13,7 +13,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, device, dtype, text_dictionary, text_task, write_json
+from fairseq_earm.cli.common import check_json, check_seed, device, dtype, text_dictionary, text_task, write_json
 from fairseq_earm.ebm.marginal import next_token
 from fairseq_earm.errors import UsageError
 from fairseq_earm.joint_generation import DEFAULT_TOKENS, chunk_of, draw_candidates, finite
@@ -124,6 +124,7 @@ def _dictionary(args: argparse.Namespace) -> Dictionary:
         raise UsageError(f"--top-k {args.top_k}: give 2 to {len(dictionary) - 1}, all symbols of the dictionary but padding")
     if args.samples < 2:
         raise UsageError(f"--samples {args.samples} gives no standard error: give 2 or more, 1000 as a rule")
+    check_seed(args.seed)
     check_json(args.json)
     if args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens}: give 1 or more")

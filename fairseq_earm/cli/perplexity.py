@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from itertools import chain
 from typing import Iterable, List, Optional, Sequence
 
@@ -85,8 +86,10 @@ def _check_flags(args: argparse.Namespace) -> None:
     for name in ("max_sequences", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
-    if args.max_len_a < 0 or args.max_len_b < 0:
-        raise UsageError(f"--max-len-a {args.max_len_a:g} --max-len-b {args.max_len_b}: give 0 or more")
+    if not 0 <= args.max_len_a < math.inf or args.max_len_b < 0 or args.max_len_a == args.max_len_b == 0:
+        raise UsageError(
+            f"--max-len-a {args.max_len_a:g} --max-len-b {args.max_len_b}: give finite numbers of 0 or more that leave samples a token"
+        )
     if args.energy_step == "post" and not args.energy:
         raise UsageError("--energy-step post: only a model's own energies have it; give --energy earm, or leave it out")
     with_energy = bool(args.energy or args.energy_path)

@@ -14,7 +14,7 @@ from fairseq import checkpoint_utils
 from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import device, writing
+from fairseq_earm.cli.common import check_seed, device, writing
 from fairseq_earm.errors import UsageError, reason
 from fairseq_earm.evaluation.whole_file import whole_file
 from fairseq_earm.sampling.images import draw_images
@@ -61,9 +61,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    for flag, least in (("samples", 1), ("columns", 1), ("batch_size", 1), ("seed", 0)):
+    for flag, least in (("samples", 1), ("columns", 1), ("batch_size", 1)):
         if getattr(args, flag) < least:
             raise UsageError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give at least {least}")
+    check_seed(args.seed)
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(f"--output {args.output}: PNG files are written with matplotlib, which is not installed: install it")
     folder = os.path.dirname(args.output) or "."

@@ -108,7 +108,7 @@ class AncestralSampler:
 
 def max_lengths(source_lengths: Tensor, max_len_a: float, max_len_b: int, decoder) -> Tensor:
     """(B,) most tokens of a sample: a·(source length) + b, at least 1, within the decoder's positions."""
-    limits = (max_len_a * source_lengths + max_len_b).clamp(1, LONGEST).long()
+    limits = (max_len_a * source_lengths + min(max_len_b, LONGEST)).clamp(1, LONGEST).long()
     positions = decoder.max_positions()
     return limits if positions is None else limits.clamp_max(int(positions) - 1)
 

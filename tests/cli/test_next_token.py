@@ -91,6 +91,7 @@ def test_bad_settings_end_with_one_line(text, energy, tmp_path):
         ([*with_energy, "--prefix", " ".join("a" * 12)], "--prefix has 12 tokens, .* sequences of 12: shorten it to 11"),
         ([*with_energy, "--top-k", 1], "--top-k 1: give 2 to 15"),
         ([*with_energy, "--top-k", 16], "--top-k 16"),
+        ([*with_energy, "--seed", 2**63], "--seed 9223372036854775808: give 0 or more, below"),
         ([*with_energy, "--samples", 1], "--samples 1 gives no standard error"),
         ([*with_energy, "--max-tokens", 0], "--max-tokens 0"),
         ([*with_energy, "--energy-path", text.base], "--energy-path .* is a TransformerLanguageModel"),

@@ -15,7 +15,7 @@ from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.blocks import load_blocks
 from tests.tiny_energy import LENGTHS, SIZES
 from tests.tiny_language import ARCH, TEXT
-from tests.tiny_translation import train
+from tests.tiny_translation import command, train
 
 
 
@@ -114,6 +114,17 @@ def test_the_base_alone(text, tmp_path, capsys):
     assert report["base"]["nll"] == pytest.approx(-scores.mean().item(), abs=5e-3)
 
 
+def test_data_read_ahead_give_the_same_figures(text, tmp_path, capsys):
+    where = ["--srcdict", text.data / "dict.txt", "--testpref", text.folder / "train.txt", "--destdir", tmp_path]
+    command("preprocess", "--only-source", *where, "--dataset-impl", "cached", "--workers", 1)
+    capsys.readouterr()
+    some = [*LENGTHS, "--max-sequences", 100]  # more than the text is told by, and not all of it
+    run(text.data, text.base, "--gen-subset", "train", *some)
+    expected = capsys.readouterr().out
+    run(tmp_path, text.base, *some)
+    assert capsys.readouterr().out == expected
+
+
 def test_a_killed_run_goes_on_to_the_same_figures(residual, tmp_path, monkeypatch):
     arguments = ["--samples", 20, 10, "--per-step", "--max-sequences", 6, "--batch-size", 16]
     whole = measure(residual, tmp_path / "whole.json", *arguments)
@@ -188,6 +199,8 @@ def test_bad_input_is_one_clear_line(residual, text, tiny, tmp_path, capsys):
     assert "--batch-size 0" in refused(capsys, *alone, "--batch-size", 0)
     assert "--max-sequences 0" in refused(capsys, *alone, "--max-sequences", 0)
     assert "--max-len-a -1" in refused(capsys, *alone, "--max-len-a", -1)
+    assert "--max-len-a nan --max-len-b 10: give finite" in refused(capsys, tiny.data, tiny.a, "--max-len-a", "nan")
+    assert "--max-len-a 0 --max-len-b 0: give" in refused(capsys, tiny.data, tiny.a, "--max-len-a", 0, "--max-len-b", 0)
     assert "--max-len-a 1.5 --max-len-b 3: for pairs" in refused(capsys, *alone, "--max-len-b", 3)
     assert "there is no such folder" in refused(capsys, *alone, "--json", tmp_path / "none" / "out.json")
     assert "there is no such folder" in refused(capsys, tmp_path / "none", text.base)

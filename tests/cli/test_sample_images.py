@@ -79,6 +79,7 @@ def test_mistakes(pictures, text, tmp_path):
     assert "no checkpoint of fairseq-train" in refused("--path", tmp_path / "text.pt", *png)
     assert "is a model of task language_modeling: a PNG takes one of earm_image_modeling" in refused("--path", text.base, *png)
     assert "--samples 0: give at least 1" in refused("--path", pictures.base, *png, "--samples", 0)
+    assert "--seed 1" in refused("--path", pictures.base, *png, "--seed", 10**20)
     (tmp_path / "folder.png").mkdir()
     assert "folder.png cannot be written; give another" in refused("--path", pictures.base, "--output", tmp_path / "folder.png")
     assert "there is no folder" in refused("--path", pictures.base, "--output", tmp_path / "no" / "grid.png")

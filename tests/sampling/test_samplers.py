@@ -253,6 +253,7 @@ def test_lengths_stay_within_the_decoder():
     limits = max_lengths(torch.tensor([1, 5, 100]), 1.5, 0, model.decoder)
     assert limits.tolist() == [1, 7, 7]
     assert max_lengths(torch.tensor([3]), 1e30, 0, model.decoder).tolist() == [7]
+    assert max_lengths(torch.tensor([3]), 0, 10**20, model.decoder).tolist() == [7]
 
 
 def test_truncation_keeps_the_smallest_set_that_reaches_p():
