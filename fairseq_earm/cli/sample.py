@@ -15,6 +15,7 @@ from typing import Callable, Optional, Sequence
 import numpy as np
 import torch
 from fairseq.data import Dictionary
+from fairseq.data.indexed_dataset import get_available_dataset_impl
 from torch import Tensor
 from tqdm import tqdm
 
@@ -76,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefix-length", type=int, default=120, metavar="N", help="tokens that are given")
     parser.add_argument("--sequence-length", type=int, default=160, metavar="N", help="tokens of a sequence, prefix included")
     parser.add_argument("--sample-break-mode", choices=BREAK_MODES, default="none", help="as in task residual_language_modeling")
-    parser.add_argument("--dataset-impl", metavar="FORMAT", help="format of the data, if fairseq does not recognise it")
+    parser.add_argument(
+        "--dataset-impl", choices=get_available_dataset_impl(), metavar="FORMAT",
+        help="format of the data, if fairseq does not recognise it",
+    )
     parser.add_argument("--samples", type=int, default=16, metavar="N", help="continuations of each prefix")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T",

@@ -26,8 +26,8 @@ NORMALIZERS = ("batch", "source")
 class EarmLoss(NamedTuple):
     """The E-ARM loss of one batch, in nats, and what it was made of.
 
-    S is the number of steps that carry the energy: the larger of T and T' for `energy_steps="all"`, else 1. G is the number of
-    normalisers: 1 per batch or one per source.
+    S is the number of steps that carry the energy: the larger of T and T' for `energy_steps="all"`, else 1. G is the number
+    of normalisers: 1 per batch or one per source.
 
     Attributes:
         loss: positive_phase − negative_phase, a sum over data steps.

@@ -214,6 +214,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(text, tmp_path, flags, message
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_a_format_that_fairseq_does_not_have_is_refused(text, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(text, tmp_path / "out", "--dataset-impl", "mmapped")
+    assert "--dataset-impl: invalid choice: 'mmapped'" in capsys.readouterr().err
+
+
 def test_a_translation_model_is_refused(tiny, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
