@@ -98,6 +98,8 @@ def _check_dictionaries(path: str, flag: str, own_task, task) -> None:
     if task.target_dictionary is not task.source_dictionary:
         sides["target"] = (own_task.target_dictionary, task.target_dictionary)
     for side, (own, given) in sides.items():
+        if not (hasattr(own, "symbols") and hasattr(given, "symbols")):
+            raise UsageError(f"{flag} {path}: {type(own_task).__name__} has no dictionary of words; give a model of text")
         difference = first_difference(own, given)
         if difference:
             raise UsageError(

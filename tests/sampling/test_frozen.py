@@ -9,6 +9,8 @@ from fairseq.data import Dictionary
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling import frozen as frozen_module
 from fairseq_earm.sampling.frozen import first_difference, load_frozen
+from fairseq_earm.tasks.image_data import Levels
+from tests.tiny_images import build_images
 
 
 def task_of(data):
@@ -65,6 +67,13 @@ def test_another_dictionary_is_refused_with_the_first_difference(text, tmp_path,
     with pytest.raises(UsageError, match=message) as error:
         load_frozen(str(text.base), task, flag="--base-lm")
     assert "\n" not in str(error.value) and str(text.base) in str(error.value)
+
+
+def test_a_model_of_images_is_refused(tmp_path):
+    images = build_images(tmp_path)
+    task = Namespace(source_dictionary=Levels(8), target_dictionary=Levels(8), args=Namespace(data=str(images.data)))
+    with pytest.raises(UsageError, match="--path .*: EarmImageModelingTask has no dictionary of words; give a model of text"):
+        load_frozen(str(images.base), task, flag="--path")
 
 
 def test_what_is_no_checkpoint_is_refused(text, tmp_path):
