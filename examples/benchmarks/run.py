@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -33,7 +31,7 @@ import reranking  # noqa: E402
 import sampler  # noqa: E402
 import update  # noqa: E402
 from tables import DTYPES, Setting, show  # noqa: E402
-from timing import machine  # noqa: E402
+from timing import be_quiet, machine  # noqa: E402
 
 MODULES = (update, sampler, operators, bf16, reranking, offline, growth, loss_head)
 TABLES = {module.__name__: module.TABLE for module in MODULES}
@@ -67,8 +65,7 @@ def main() -> None:
     if args.sizes and len(args.tables) != 1:
         options.error("--with goes with one table")
     sizes = {name: json.loads(value) for name, _, value in (size.partition("=") for size in args.sizes)}
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # fairseq's and hydra's of each other
+    be_quiet()
     torch.set_num_threads(args.threads)
     setting = Setting(args.rounds, args.threads, args.dtype, args.checkpoint, args.data)
     figures = {"machine": machine(), **setting._asdict(), "tables": {}}

@@ -10,7 +10,7 @@ from fairseq.trainer import Trainer
 from models import SMALL, dictionary, end_after, parallel_batch, real_batch, trained
 from stages import Stages
 from tables import Row, Setting, Table
-from timing import compare, device
+from timing import compare, device, in_own_process
 
 from fairseq_earm.sampling.isolation import isolated
 from fairseq_earm.sampling.scoring import decoder_input
@@ -48,6 +48,8 @@ class Update(NamedTuple):
 def rows(setting: Setting, cases: Sequence[Tuple[str, int, int]] = QUICK, length: int = 20, negatives: int = 1) -> List[Row]:
     """Of both criterions, and of E-ARM if drawing the negatives took no longer than one pass of the decoder over them.
 
+    Each case has a process of its own, as training has.
+
     Args:
         cases: model ("iwslt" or "small"), symbols of its vocabulary and target tokens of the batch.
         length: tokens of a sentence on average, between 3/4 and 5/4 of it; each negative has as many as its source.
@@ -55,17 +57,25 @@ def rows(setting: Setting, cases: Sequence[Tuple[str, int, int]] = QUICK, length
     """
     found: List[Row] = []
     for size, vocabulary, tokens in cases:
-        def make(criterion: List[str], size=size, vocabulary=vocabulary, tokens=tokens) -> Update:
-            return update(size, vocabulary, tokens, criterion, length=length, precision=precision(setting))
-
-        found += measured({"model": size, "vocabulary": vocabulary, "tokens": tokens}, make, setting, negatives, AS_LONG_AS_THE_SOURCE)
+        found += in_own_process(_of_random_words, setting, size, vocabulary, tokens, length, negatives)
     if setting.checkpoint:
         for tokens in sorted({tokens for _, _, tokens in cases}):
-            def resume(criterion: List[str], tokens=tokens) -> Update:
-                return trained_update(setting, tokens, criterion)
-
-            found += measured({"model": "trained", "tokens": tokens}, resume, setting, negatives, [])
+            found += in_own_process(_of_a_trained_model, setting, tokens, negatives)
     return found
+
+
+def _of_random_words(setting: Setting, size: str, vocabulary: int, tokens: int, length: int, negatives: int) -> List[Row]:
+    def make(criterion: List[str]) -> Update:
+        return update(size, vocabulary, tokens, criterion, length=length, precision=precision(setting))
+
+    return measured({"model": size, "vocabulary": vocabulary, "tokens": tokens}, make, setting, negatives, AS_LONG_AS_THE_SOURCE)
+
+
+def _of_a_trained_model(setting: Setting, tokens: int, negatives: int) -> List[Row]:
+    def make(criterion: List[str]) -> Update:
+        return trained_update(setting, tokens, criterion)
+
+    return measured({"model": "trained", "tokens": tokens}, make, setting, negatives, [])
 
 
 def measured(what: Row, make, setting: Setting, negatives: int, lengths: List[str]) -> List[Row]:

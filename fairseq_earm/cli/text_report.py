@@ -20,7 +20,7 @@ from fairseq_earm.ebm.weights import effective_sample_size, resample
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, sequence_seed, summarize
 from fairseq_earm.evaluation.text_analysis import ORDERS, summarize_texts
-from fairseq_earm.joint_generation import draw_candidates
+from fairseq_earm.joint_generation import draw_candidates, finite
 from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.frozen import file_hash
 from fairseq_earm.sampling.store_settings import BREAK_MODES, DTYPES
@@ -172,7 +172,7 @@ def _draw(args: argparse.Namespace, measured: Measured, index: int) -> Drawn:
     chosen = {"base": 0, "joint": int(resample(neg_energies, generator)[0])}
     tokens = {"data": own, **{source: candidates.tokens[0, i] for source, i in chosen.items()}}
     base = {"data": model.base_log_probs(item).double().sum().item(), **{s: log_q[i].item() for s, i in chosen.items()}}
-    energy = {"data": -model.energy(item).item(), **{source: neg_energies[i].item() for source, i in chosen.items()}}
+    energy = {"data": -finite(model.energy(item)).item(), **{source: neg_energies[i].item() for source, i in chosen.items()}}
     log_z = log_partition(neg_energies)
     joint = {source: base[source] + energy[source] - log_z.lower.item() for source in SOURCES}
     tokens = {source: row.cpu() for source, row in tokens.items()}

@@ -1,8 +1,10 @@
 """What tasks check before any work, and share."""
 import logging
 import math
+from typing import Optional
 
 from fairseq.models import ARCH_MODEL_REGISTRY
+from omegaconf import DictConfig
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.models.energy_transformer import EnergyModel
@@ -13,6 +15,12 @@ logger = logging.getLogger(__name__)
 RERANKING = {"energy_weight": 1.0, "energy_select": "best", "energy_step": "last"}
 PROPOSAL = {"negatives_temperature": 1.0, "negatives_topk": -1, "negatives_topp": -1.0}
 NEGATIVES_FLAGS = ("--negatives-temperature", "--negatives-topk", "--negatives-topp")
+
+
+def generating(cfg) -> Optional[DictConfig]:
+    """All settings of a run that generates, None in other runs. A task is given its own part of them, without --path."""
+    settings = cfg._get_root() if isinstance(cfg, DictConfig) else {}
+    return settings if "generation" in settings and settings.common_eval.path is not None else None
 
 
 def check_energy_flags(cfg, active: bool, flag: str) -> None:

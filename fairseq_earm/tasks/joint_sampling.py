@@ -9,13 +9,13 @@ from fairseq import utils
 from fairseq.data import IdDataset, ListDataset, NestedDictionaryDataset, NumelDataset, PadDataset
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.configs import GenerationConfig
-from omegaconf import II, DictConfig
+from omegaconf import II
 
 from fairseq_earm.errors import UsageError
 from fairseq_earm.joint_generation import JointGenerator, check_prefix, chunk_of
 from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.base_lm import load_base_lm
-from fairseq_earm.tasks.checks import check_proposal
+from fairseq_earm.tasks.checks import check_proposal, generating
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,8 @@ class JointSampling:
         Raises:
             UsageError: see `load_base_lm`.
         """
-        # A task is not told of --path; what it is given is a part of all the settings.
-        settings = self.cfg._get_root() if isinstance(self.cfg, DictConfig) else {}
-        if "generation" not in settings or not settings.generation.sampling or settings.common_eval.path is None:
+        settings = generating(self.cfg)
+        if settings is None or not settings.generation.sampling:
             return
         paths = utils.split_paths(settings.common_eval.path)
         if len(paths) != 1:

@@ -11,14 +11,14 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch.nn.utils.rnn import pad_sequence
 
 from fairseq_earm.errors import UsageError
-from fairseq_earm.models.load_energy import load_energy
+from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.reranking import EnergyReranker
 from fairseq_earm.sampling.ancestral import AncestralSampler
 from fairseq_earm.sampling.continuation import finite_log_q
 from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
 from fairseq_earm.sampling.layout import joint_dictionary, source_target
 from fairseq_earm.tasks.batching import ExactBatches
-from fairseq_earm.tasks.checks import check_criterion, check_energy_flags, check_energy_network, check_trains
+from fairseq_earm.tasks.checks import check_criterion, check_energy_flags, check_energy_network, check_trains, generating
 from fairseq_earm.tasks.negatives import DTYPES, BaseDtype, draw_seed, own_random_numbers
 
 logger = logging.getLogger(__name__)
@@ -163,6 +163,9 @@ class ResidualTranslationTask(ExactBatches, TranslationTask):
                 f"--energy-path {self.cfg.energy_path}: trained for {type(energy.task).__name__}; give an energy network trained "
                 "with --task residual_translation"
             )
+        settings = generating(self.cfg)
+        for path in [] if settings is None else utils.split_paths(settings.common_eval.path):
+            report_other_base(energy, self.cfg.energy_path, path)
         return energy
 
 

@@ -1,5 +1,6 @@
 """fairseq-earm-analyse: its report against recomputed figures, and pairs from page to test."""
 import json
+import math
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from fairseq import checkpoint_utils
 pytest.importorskip("matplotlib")
 
 from fairseq_earm.cli import analyse, perplexity  # noqa: E402
+from fairseq_earm.evaluation.joint_models import LanguageJoint  # noqa: E402
 from fairseq_earm.sampling.blocks import load_blocks  # noqa: E402
 from fairseq_earm.sampling.continuation import score_continuations  # noqa: E402
 from tests.tiny_energy import LENGTH, PREFIX  # noqa: E402
@@ -69,6 +71,12 @@ def test_joint_samples_have_lower_energies_than_base_samples(text, energy, tmp_p
         for source in ("base", "joint")
     }
     assert gains["joint"] > gains["base"] + 0.5
+
+
+def test_an_energy_of_the_data_that_is_no_number_ends_the_report(text, energy, tmp_path, monkeypatch):
+    monkeypatch.setattr(LanguageJoint, "energy", lambda self, item: torch.tensor(math.nan))
+    with pytest.raises(SystemExit, match="1 of 1 energies are not finite"):
+        report(text, energy, tmp_path)
 
 
 def test_the_report_follows_the_seed_alone(text, energy, tmp_path):

@@ -277,6 +277,13 @@ def test_energy_paths_that_do_not_fit_are_named(tiny, energy, text):
         rerank(tiny, energy, "--beam", 1, "--energy-select", "resample")
 
 
+def test_another_base_than_the_energy_s_own_is_warned_about(tiny, energy, caplog):
+    rerank(tiny, energy, *NBEST)
+    assert "is not the base that" not in caplog.text
+    rerank(tiny, energy, *NBEST, models="b")
+    assert f"--path {tiny.b} is not the base that --energy-path {energy} was trained on, {tiny.a}" in caplog.text
+
+
 def test_energy_flags_without_an_energy_are_reported(tiny, caplog):
     stock = generate(tiny, *NBEST, task="translation")
     caplog.clear()
