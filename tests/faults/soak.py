@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import List, NamedTuple, Sequence
+from typing import Callable, List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -34,6 +34,9 @@ TRAINING = (
 ).split()
 MEGABYTE = 2**20
 MEMORY = {"rss": "training process", "peak": "most of it since the last sample", "private": "with its children, without libraries"}
+# How much there is in a window. What is never given back is held at the least too, which is the same whatever batch is under
+# way; a median tells also which part of an update takes longest, and that changes with what else the machine does.
+LEVELS = {"rss": np.min, "private": np.min}  # of the others the median: single files from the loader's process come and go
 
 
 class Series(NamedTuple):
@@ -115,15 +118,15 @@ def run(args: argparse.Namespace) -> None:
             raise SystemExit(f"training ended by itself, with status {process.returncode}; see {log}")
 
 
-def levels(minutes: np.ndarray, values: np.ndarray, window: float) -> np.ndarray:
-    """(W, 2) middle of each window, and its values' median; a last window that is not full joins the one before."""
+def levels(minutes: np.ndarray, values: np.ndarray, window: float, level: Callable) -> np.ndarray:
+    """(W, 2) middle of each window, and its values' level; a last window that is not full joins the one before."""
     number = np.minimum((minutes - minutes[0]) // window, max((minutes[-1] - minutes[0]) // window - 1, 0))
-    return np.array([[minutes[number == w].mean(), np.median(values[number == w])] for w in np.unique(number)])
+    return np.array([[minutes[number == w].mean(), level(values[number == w])] for w in np.unique(number)])
 
 
-def series(minutes: np.ndarray, values: np.ndarray, window: float) -> Series:
+def series(minutes: np.ndarray, values: np.ndarray, window: float, level: Callable) -> Series:
     """How a quantity went from window to window."""
-    times, found = levels(minutes, values, window).T
+    times, found = levels(minutes, values, window, level).T
     slope = np.polyfit(times, found, 1)[0] if len(times) > 1 else 0.0
     first, last = found[0], found[-1]
     return Series(first, last, 100 * (last - first) / first, 100 * slope * (times[-1] - times[0]) / first)
@@ -140,14 +143,14 @@ def report(args: argparse.Namespace) -> bool:
     print(
         f"{minutes[-1]:.0f} minutes" + (f" (and {stopped:.0f} in which the machine stood still)" if stopped >= 1 else "")
         + f", {settled[-1]['updates']:,} updates, {len(samples):,} samples; windows of {args.window:g} minutes "
-        f"after minute {args.after:g}, their medians:"
+        f"after minute {args.after:g}, their least rss and private, the others' medians:"
     )
     print(f"{'':<18} {'first':>8} {'last':>8} {'growth':>9} {'trend':>9}")
     sound = True
     for name in ("rss", "peak", "private", "files", "threads", "processes"):
         unit, limit = (MEGABYTE, args.limit) if name in MEMORY else (1, 0)
-        # By medians: which batch is under way differs from sample to sample, and files from the loader's process come and go.
-        found = series(minutes[-len(settled) :], np.array([line[name] for line in settled]) / unit, args.window)
+        values = np.array([line[name] for line in settled]) / unit
+        found = series(minutes[-len(settled) :], values, args.window, LEVELS.get(name, np.median))
         leaks = min(found.growth, found.trend) > limit
         sound = sound and not leaks
         label = f"{name}, MiB" if name in MEMORY else name

@@ -9,13 +9,19 @@ import pytest
 from tests.faults import soak
 
 
-def judged(folder, leak=0.0, files=0, spread=5.0):
-    """The verdict on two hours in which memory goes up and down, and grows by so many percent an hour."""
+def judged(folder, leak=0.0, files=0, busier=0.0, grows=("rss", "peak", "private")):
+    """The verdict on two hours in which memory goes up and down, and what `grows` grows by so many percent an hour.
+
+    Args:
+        busier: by how much the share of samples with a large batch under way rises.
+    """
     rng = random.Random(1)
     lines = []
     for minute in range(0, 121):
-        rss = 2**20 * (700 + rng.uniform(-spread, 0)) * (1 + leak / 100 * minute / 60) * (0.5 if minute < 5 else 1)
-        memory = {"rss": rss, "peak": rss + 2**20 * rng.expovariate(1 / 5), "private": rss}
+        held = 2**20 * (700 - rng.uniform(0, 5)) * (0.5 if minute < 5 else 1)
+        large = 2**27 * (rng.random() < 0.2 + busier * minute / 120)
+        memory = {"rss": held + large, "peak": held + 2**27 + 2**20 * rng.expovariate(1 / 5), "private": held + large}
+        memory = {name: value * (1 + (name in grows) * leak / 100 * minute / 60) for name, value in memory.items()}
         held = {**memory, "files": 60 + files * (minute // 60) + 90 * (minute == 119), "threads": 9, "processes": 2, "updates": minute}
         lines.append(json.dumps({"seconds": 60 * minute, **held}))
     (folder / "samples.jsonl").write_text("\n".join(lines) + '\n{"seconds": 12')
@@ -30,8 +36,15 @@ def test_what_is_flat_is_sound_and_what_grows_is_not(tmp_path, capsys):
     assert not judged(tmp_path, leak=2)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in printed if "LEAKS (limit 2%)" in line] == ["rss", "peak", "private"]
+    for name in ("rss", "peak", "private"):
+        assert not judged(tmp_path, leak=2, grows=[name])
+        assert sum("LEAKS" in line for line in capsys.readouterr().out.splitlines()) == 1
     assert not judged(tmp_path, files=1)
     assert "files" in next(line for line in capsys.readouterr().out.splitlines() if "LEAKS" in line)
+
+
+def test_a_machine_that_others_make_slower_is_no_leak(tmp_path):
+    assert judged(tmp_path, busier=0.7)
 
 
 def test_minutes_that_the_machine_stood_still_do_not_count():
