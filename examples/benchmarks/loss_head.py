@@ -4,13 +4,14 @@ Ours also yields the energies; fairseq's would need another logsumexp for them.
 """
 from __future__ import annotations
 
-from typing import Dict, List, Sequence
+from functools import partial
+from typing import Callable, Dict, List, Sequence
 
 import torch
 import torch.nn.functional as F
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 from tables import Row, Setting, Table
-from timing import Variant, compare, device
+from timing import Variant, compare, device, in_own_process
 
 from fairseq_earm.ebm.energy import TokenEnergies, smoothed_nll
 from fairseq_earm.ebm.loss_head import projected_statistics, token_statistics
@@ -66,7 +67,7 @@ def _backward(loss, parameters):
 
 
 def rows(setting: Setting, tokens: int = 4000, vocabularies: Sequence[int] = (10000, 40000), dim: int = 512, block: int = 256) -> List[Row]:
-    """Forward and backward of each loss head, from logits and from states.
+    """Forward and backward of each loss head, from logits and from states, each of the two in a process of its own.
 
     Args:
         tokens, vocabularies, dim: steps of a batch, symbols of each vocabulary, size of the states.
@@ -74,17 +75,21 @@ def rows(setting: Setting, tokens: int = 4000, vocabularies: Sequence[int] = (10
     """
     found: List[Row] = []
     for vocabulary in vocabularies:
-        for variants in (from_logits(tokens, vocabulary), from_states(tokens, vocabulary, dim, block)):
-            costs = compare(variants, setting.rounds)
-            first = next(iter(costs.values()))
-            found += [
-                {
-                    "tokens": tokens, "vocabulary": vocabulary, "loss head": name, "seconds": cost.seconds, "time of fairseq's": cost.ratio,
-                    "MB": cost.megabytes, "memory of fairseq's": cost.megabytes / first.megabytes if first.megabytes else None,
-                }
-                for name, cost in costs.items()
-            ]
+        for variants in (partial(from_logits, tokens, vocabulary), partial(from_states, tokens, vocabulary, dim, block)):
+            found += [{"tokens": tokens, "vocabulary": vocabulary, **row} for row in in_own_process(_compared, variants, setting.rounds)]
     return found
+
+
+def _compared(variants: Callable[[], Dict[str, Variant]], rounds: int) -> List[Row]:
+    costs = compare(variants(), rounds)
+    first = next(iter(costs.values()))
+    return [
+        {
+            "loss head": name, "seconds": cost.seconds, "time of fairseq's": cost.ratio,
+            "MB": cost.megabytes, "memory of fairseq's": cost.megabytes / first.megabytes if first.megabytes else None,
+        }
+        for name, cost in costs.items()
+    ]
 
 
 TABLE = Table(
