@@ -5,8 +5,8 @@
     run.py TABLE --with NAME=VALUE ...
 
 Without a name, all tables. --with gives a size of one table, a parameter of its `rows`, in JSON: sizes='["iwslt"]', batches=[128].
-The tables run one after the other; the variants of a table in turns, in one process, so that a busy machine slows all of
-them down. On the GPU where there is one.
+The tables run one after the other; the variants that are compared in turns, in one process, so that a busy machine slows
+all of them down. On the GPU where there is one.
 """
 from __future__ import annotations
 
