@@ -92,6 +92,7 @@ def language_model(model=None, prefix_length: int = 1, rounded: bool = True) -> 
         model.train(), _batch(net_input, blocks[:, 1:].contiguous(), pad),
         lambda cfg: LanguageModelFamily(
             model.decoder.dictionary, length, prefix_length=prefix_length, loss_rows=cfg.earm_loss_rows, bf16=cfg.earm_sampling_bf16,
+            dropout=cfg.earm_dropout,
         ),
         model.decoder.dictionary, Network(logits, tokens, length, 3), data, parts,
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
-from fairseq_earm.ebm.weights import StepStatistics
+from fairseq_earm.criterions import earm_cross_entropy
 from fairseq_earm.errors import UsageError
 from fairseq_earm.meter_state import MeterState
 from tests.criterions.stubs import NEGATIVES, FixedSampler, batch, build
@@ -106,7 +106,7 @@ def lose_length(worker):
     def too_long(*args, **kwargs):
         raise UsageError("too long")
 
-    worker.criterion.family.forward_pair = too_long
+    worker.criterion.family.forward = too_long
 
 
 def lose_once(owner, name):
@@ -127,7 +127,7 @@ def lose_on_arrival(worker):
 
 def lose_between(worker):
     """What comes between the two collectives."""
-    lose_once(StepStatistics, "up_to")
+    lose_once(earm_cross_entropy, "batch_statistics")
 
 
 def skip(rows):

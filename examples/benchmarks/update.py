@@ -135,7 +135,7 @@ def _update(cfg, task, model, batch: dict) -> Update:
         stages.watch(trainer.model, "forward", "forward")
     else:
         stages.watch(family, "draw", "sampling")
-        stages.watch(family, "forward_pair", "forward")
+        stages.watch(family, "forward", "forward")
     return Update(trainer, batch, stages)
 
 

@@ -1,15 +1,17 @@
-"""The flags of `earm_cross_entropy` and what they may be set to."""
-import math
+"""The flags of `earm_cross_entropy`; `earm_checks` says what they may be set to."""
 from dataclasses import dataclass, field
 
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterionConfig
 from fairseq.dataclass import ChoiceEnum
 from omegaconf import II
 
-from fairseq_earm.ebm.earm import ENERGY_STEPS, NORMALIZERS
-from fairseq_earm.errors import UsageError
+from fairseq_earm.ebm.contrast import ENERGY_STEPS, NORMALIZERS, EarmSettings
+from fairseq_earm.ebm.objectives import OBJECTIVES
 
 SAMPLERS = ("ancestral", "generator")
+VARIANCE_REDUCTIONS = ("none", "rao-blackwell", "full")
+# Version 0.1 stored --earm-control as True or False.
+STORED_CONTROLS = {"True": "likelihood", "False": "none", "None": "none"}
 
 
 @dataclass
@@ -25,6 +27,34 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
     )
     earm_warmup_updates: int = field(
         default=0, metadata={"help": "updates over which λ grows linearly to --earm-weight, from E-ARM's start"}
+    )
+    earm_every: int = field(
+        default=1,
+        metadata={
+            "help": "use E-ARM in the updates whose number is a multiple of N, with N times its weight, and the stock criterion in "
+            "the others: the same expected gradient for less time, in bursts that Adam and --clip-norm notice"
+        },
+    )
+    earm_objective: ChoiceEnum(list(OBJECTIVES)) = field(
+        default="kl",
+        metadata={
+            "help": "kl: the paper's contrastive divergence (Eq. 15). nce: classify data against negatives at every step, which is "
+            "bounded; --earm-variance-reduction has no effect on it, and each worker normalises its own batch"
+        },
+    )
+    earm_cross_entropy: ChoiceEnum(["add", "replace"]) = field(
+        default="add",
+        metadata={
+            "help": "add: λ times E-ARM beside cross-entropy. replace: E-ARM alone once it has started, with --earm-weight 1 the "
+            "paper's Eq. 15, and without label smoothing; during --earm-warmup-updates cross-entropy fades out as λ grows"
+        },
+    )
+    earm_dropout: ChoiceEnum(["shared", "off", "energy-off"]) = field(
+        default="shared",
+        metadata={
+            "help": "shared: E-ARM uses the pass of cross-entropy, dropout included. off: one more pass of the data, and that of the "
+            "negatives, without dropout. energy-off: the same, but the likelihood that E-ARM repeats keeps its dropout"
+        },
     )
     earm_recent_tokens: int = field(
         default=2, metadata={"help": "tokens of history that E-ARM's gradient reaches; 0: none, -1: all"}
@@ -43,11 +73,12 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
     earm_normalizer_ema: float = field(
         default=0.0, metadata={"help": "weight of the past in a moving normaliser per step; 0: this batch only"}
     )
-    earm_variance_reduction: ChoiceEnum(["none", "rao-blackwell"]) = field(
-        default="rao-blackwell",
+    earm_variance_reduction: ChoiceEnum(VARIANCE_REDUCTIONS) = field(
+        default="full",
         metadata={
-            "help": "rao-blackwell: exact expectation over each negative's current token, about 10 percent less noise for "
-            "nothing; --earm-energy-steps last and post leave none to take and ignore it"
+            "help": "what takes noise out of E-ARM's gradient without changing its mean. rao-blackwell: the exact expectation over each "
+            "negative's current token (without effect under --earm-energy-steps last and post). full: that and a baseline for the "
+            "history; not with top-k, top-p or a temperature"
         },
     )
     earm_max_len_a: float = field(
@@ -71,9 +102,17 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
             "distribution; the logits themselves, the loss and its gradient stay as they are"
         },
     )
-    earm_control: bool = field(
-        default=False,
-        metadata={"help": "the control row: E-ARM's likelihood terms without energy or negatives; nothing is sampled"},
+    earm_control: str = field(
+        default="none",
+        metadata={
+            "argparse_const": "likelihood",
+            "help": "train a control in the place of E-ARM, with the same flags. likelihood (also the bare flag): the likelihood that "
+            "E-ARM repeats, without energy or negatives. noise: E-ARM's samples without its energy, all weights 1 and logsumexp held "
+            "fixed. flat: likelihood and a penalty on logsumexp that varies, see --earm-control-weight",
+        },
+    )
+    earm_control_weight: float = field(
+        default=1.0, metadata={"help": "--earm-control flat: strength c of the penalty c·Σ d·Var(logsumexp) over the data's steps"}
     )
     earm_loss_rows: int = field(
         default=0,
@@ -84,120 +123,22 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
     )
     max_epoch: int = II("optimization.max_epoch")
     max_update: int = II("optimization.max_update")
+    clip_norm: float = II("optimization.clip_norm")
 
 
-def check_config(cfg) -> None:
-    """Refuse settings that cannot work, before any training.
-
-    Args:
-        cfg: the criterion's configuration.
-    Raises:
-        UsageError: one line with the flag, its value and the remedy.
-    """
-    for problem, flag, remedy in _problems(cfg):
-        if problem:
-            value = getattr(cfg, flag[2:].replace("-", "_"))
-            raise UsageError(f"{flag} {value}: {remedy}")
+def control_of(cfg) -> str:
+    """"none" or one of `CONTROLS`, also where version 0.1 stored True or False."""
+    control = str(cfg.earm_control)
+    return STORED_CONTROLS.get(control, control)
 
 
-def check_task(cfg, task) -> None:
-    """Refuse flags that do not go with the task's.
-
-    Raises:
-        UsageError: the first of them.
-    """
-    scheduled = getattr(getattr(task, "cfg", None), "scheduled_sampling", "none")
-    if cfg.earm_loss_rows and scheduled != "none":
-        raise UsageError(
-            f"--earm-loss-rows {cfg.earm_loss_rows}: --scheduled-sampling {scheduled} reads the logits of all tokens; leave one of "
-            "the two out"
-        )
-
-
-def check_effect(cfg, without_effect) -> None:
-    """Refuse flags that were given and mean nothing for the task's kind of model.
-
-    Args:
-        without_effect: their names in `cfg`.
-    Raises:
-        UsageError: the first of them.
-    """
-    for name in without_effect:
-        if getattr(cfg, name) != EarmCrossEntropyConfig.__dataclass_fields__[name].default:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(cfg, name)}: no effect on the negatives of this task's models; leave it out")
-
-
-def _problems(cfg):
-    """Pairs of a condition that must not hold and what to say of it: (condition, flag, remedy)."""
-    truncates = cfg.earm_sampling_topk != -1 or cfg.earm_sampling_topp != -1 or cfg.earm_sampling_temperature != 1
-    return [
-        (not 0 <= cfg.earm_weight < math.inf, "--earm-weight", "give a finite weight of at least 0"),
-        *_schedule_problems(cfg),
-        (cfg.earm_recent_tokens < -1, "--earm-recent-tokens", "give a number of tokens, 0 for none or -1 for all"),
-        (
-            cfg.earm_smooth_history and cfg.earm_recent_tokens == 0,
-            "--earm-smooth-history",
-            "there is no history to smooth with --earm-recent-tokens 0; leave one of the two out",
-        ),
-        (cfg.earm_negatives < 1, "--earm-negatives", "give at least 1"),
-        (cfg.earm_loss_rows < 0, "--earm-loss-rows", "give a number of tokens, or 0 for all"),
-        (
-            cfg.earm_negatives == 1 and cfg.earm_normalizer == "source" and not cfg.earm_control,
-            "--earm-negatives",
-            "one negative per source makes every weight 1 under --earm-normalizer source; give at least 2, or use batch",
-        ),
-        (not 0 <= cfg.earm_normalizer_ema < 1, "--earm-normalizer-ema", "give a number from 0 to below 1"),
-        (
-            cfg.earm_normalizer_ema > 0 and cfg.earm_normalizer == "source",
-            "--earm-normalizer-ema",
-            "a source's normaliser is not met again; use --earm-normalizer batch, or 0",
-        ),
-        (not 0 <= cfg.earm_max_len_a < math.inf, "--earm-max-len-a", "give a finite number of at least 0"),
-        (cfg.earm_max_len_b < 0, "--earm-max-len-b", "give a number of at least 0"),
-        (cfg.earm_max_len_a == 0 == cfg.earm_max_len_b, "--earm-max-len-b", "gives negatives no token; give at least 1"),
-        (
-            truncates and cfg.earm_sampler != "generator",
-            "--earm-sampler",
-            "top-k, top-p and temperature need --earm-sampler generator; the ancestral sampler draws from the softmax itself",
-        ),
-        (
-            cfg.earm_sampling_bf16 and cfg.earm_sampler != "ancestral",
-            "--earm-sampling-bf16",
-            "--earm-sampler generator draws in the model's own precision; use ancestral, or leave the flag out",
-        ),
-        (not 0 <= cfg.label_smoothing <= 1, "--label-smoothing", "give a number from 0 to 1"),
-        (not 0 < cfg.earm_sampling_temperature < math.inf, "--earm-sampling-temperature", "give a number above 0"),
-        (cfg.earm_sampling_topk < -1 or cfg.earm_sampling_topk == 0, "--earm-sampling-topk", "give at least 1, or -1 for all"),
-        (
-            cfg.earm_sampling_topp != -1 and not 0 < cfg.earm_sampling_topp <= 1,
-            "--earm-sampling-topp",
-            "give a probability above 0, or -1 for all",
-        ),
-        (
-            cfg.earm_sampling_topk != -1 != cfg.earm_sampling_topp,
-            "--earm-sampling-topk",
-            f"--earm-sampling-topp {cfg.earm_sampling_topp} goes before it; give one of the two",
-        ),
-    ]
-
-
-def _schedule_problems(cfg):
-    by_update = cfg.earm_start_update >= 0
-    used = cfg.earm_weight != 0
-    max_epoch, max_update = cfg.max_epoch or 0, cfg.max_update or 0
-    return [
-        (cfg.earm_start_epoch < 1, "--earm-start-epoch", "epochs are counted from 1; give at least 1"),
-        (cfg.earm_start_update < -1, "--earm-start-update", "give an update of at least 0, or -1 to start by epoch"),
-        (cfg.earm_warmup_updates < 0, "--earm-warmup-updates", "give a number of at least 0"),
-        (
-            used and not by_update and 0 < max_epoch < cfg.earm_start_epoch,
-            "--earm-start-epoch",
-            f"training ends with --max-epoch {max_epoch}, so E-ARM would never start; start earlier or train longer",
-        ),
-        (
-            used and by_update and 0 < max_update <= cfg.earm_start_update,
-            "--earm-start-update",
-            f"training ends with --max-update {max_update}, so E-ARM would never start; start earlier or train longer",
-        ),
-    ]
+def loss_settings(cfg) -> EarmSettings:
+    """What the flags say about the terms of the loss."""
+    steps, reduction = str(cfg.earm_energy_steps), str(cfg.earm_variance_reduction)
+    return EarmSettings(
+        recent_tokens=cfg.earm_recent_tokens,
+        energy_steps=steps,
+        normalizer=str(cfg.earm_normalizer),
+        rao_blackwell=reduction != "none" and steps == "all",
+        baseline=reduction == "full" and cfg.earm_objective != "nce",
+    )

@@ -1,6 +1,7 @@
 """Criterion `earm_cross_entropy`: label-smoothed cross-entropy plus E-ARM's contrastive loss."""
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
@@ -9,12 +10,14 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.logging import metrics
 
 from fairseq_earm.criterions.all_workers import AllWorkers
-from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, check_config, check_effect, check_task
-from fairseq_earm.criterions.earm_log import earm_values, log_entries, reduce_earm_metrics
+from fairseq_earm.criterions.earm_checks import check_config, check_effect, check_task
+from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, control_of, loss_settings
+from fairseq_earm.criterions.earm_log import control_values, earm_values, log_entries, reduce_earm_metrics, watch_clipping
 from fairseq_earm.criterions.training_clock import EarmSchedule, NonfiniteGuard, TrainingClock
-from fairseq_earm.ebm.earm import batch_statistics, earm_loss, nll_terms
+from fairseq_earm.ebm import objectives
+from fairseq_earm.ebm.contrast import Scored, batch_statistics, contrast, empty_statistics, energy_steps
 from fairseq_earm.ebm.energy import TokenEnergies, smoothed_nll
-from fairseq_earm.ebm.weights import moving_log_normalizer, no_statistics
+from fairseq_earm.ebm.weights import moving_log_normalizer
 from fairseq_earm.meter_state import MeterState, restore_state_at_epoch_ends
 from fairseq_earm.sampling.encoder_decoder import EncoderDecoderFamily
 from fairseq_earm.sampling.scoring import post_tokens, with_post_step
@@ -36,13 +39,19 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         build_family = getattr(task, "build_model_family", None)
         self.family = EncoderDecoderFamily(cfg, task) if build_family is None else build_family(cfg)
         check_effect(cfg, self.family.without_effect)
-        self.post = cfg.earm_energy_steps == "post"
+        self.settings = loss_settings(cfg)
+        self.control = control_of(cfg)
+        self.objective = objectives.noise if self.control == "noise" else objectives.OBJECTIVES[str(cfg.earm_objective)]
+        self.post = self.settings.energy_steps == "post"
         self.state = MeterState()
         restore_state_at_epoch_ends()
         self.clock = TrainingClock(task)
         self.schedule = EarmSchedule(cfg, self.clock, self.state)
         self.guard = NonfiniteGuard(task, self._is_active, self.state)
-        self.workers = AllWorkers(task, self._shares_normalizer, self._move_normalizer)
+        if cfg.earm_every > 1:
+            watch_clipping(task, self._is_active, cfg.clip_norm)
+        nothing = functools.partial(empty_statistics, self.settings)
+        self.workers = AllWorkers(task, self._shares_normalizer, self._move_normalizer, nothing)
         self.moving_normalizer = None
         self.checked = False
 
@@ -64,44 +73,37 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         """Whether E-ARM is used in the training step under way."""
         return self.schedule.current_weight() > 0
 
+    def _draws(self) -> bool:
+        """Whether the loss needs negatives."""
+        return self.control not in ("likelihood", "flat")
+
     def _shares_normalizer(self) -> bool:
-        """Whether that step has negatives whose weights are normalised over all workers."""
-        return self._is_active() and self.cfg.earm_normalizer == "batch" and not self.cfg.earm_control
+        """Whether the step under way has negatives whose weights are normalised over all workers."""
+        shared = self.settings.normalizer == "batch" and self.objective is not objectives.nce
+        return shared and self._draws() and self._is_active()
 
     def _forward_in_rows(self, model, sample):
         """Cross-entropy alone, without ever holding all logits."""
-        mask, head = self._mask(sample), self.family.forward(model, sample).data
-        energies, _, smoothed = self._scores(head, sample["target"], mask, smoothed=True)
-        loss, nll = _sum(smoothed, mask), _sum(energies.nll, mask)
+        mask, head = self._mask(sample), self.family.forward(model, sample, energies=False).data
+        loss, nll = self._cross_entropy(head, sample["target"], mask)
         return self._finish(loss, nll, sample, None, head, mask)
 
     def _forward_with_energy(self, model, sample, weight):
-        """One forward pass of data and negatives, cross-entropy and E-ARM from one logsumexp of each."""
-        mask, target = self._mask(sample), sample["target"]
-        if self.cfg.earm_control:
-            passes = self.family.forward(model, sample)
+        """One forward of the model on data and negatives; cross-entropy and E-ARM from one logsumexp of each pass."""
+        mask, started = self._mask(sample), time.perf_counter()
+        samples = self.family.draw(model, sample, self.cfg.earm_negatives) if self._draws() else None
+        seconds = time.perf_counter() - started
+        passes = self.family.forward(model, sample, samples)
+        cross_entropy, nll = self._cross_entropy(passes.data, sample["target"], mask)
+        data = self._score_data(passes, sample["target"], mask)
+        if samples is None:
+            terms = self._data_control(data)
+            values = control_values(terms, energy_steps(self.settings, data).mask)
         else:
-            started = time.perf_counter()
-            samples = self.family.draw(model, sample, self.cfg.earm_negatives)
-            seconds = time.perf_counter() - started
-            passes = self.family.forward_pair(model, sample, samples)
-
-        energies, alive, smoothed = self._scores(passes.data, target, mask, smoothed=True)
-        cross_entropy, nll = _sum(smoothed, mask), _sum(energies.nll, mask)
-        if passes.teacher_forced is not passes.data:
-            smooth = self.cfg.earm_smooth_history
-            energies, alive, smoothed = self._scores(passes.teacher_forced, target, mask, smoothed=smooth)
-        energies, alive, smoothed = self._contrasted(energies, alive, smoothed)
-        history = smoothed if self.cfg.earm_smooth_history else None
-        if self.cfg.earm_control:
-            terms = nll_terms(energies, alive, positive_history=history, **self._steps())
-            steps = alive if self.cfg.earm_energy_steps == "all" else alive.any(1)
-            values = {"earm_batches": 1, "earm_loss": terms.detach(), "earm_steps": steps.sum()}
-        else:
-            earm = self._earm(energies, alive, history, passes.negatives, samples)
+            earm = self.objective(self._contrast(data, self._score(passes.negatives, samples.tokens, samples.mask), samples))
             terms, values = earm.loss, earm_values(earm, samples, seconds)
-        loss = cross_entropy + weight * terms
-        return self._finish(loss, nll, sample, values, passes.data, mask)
+        kept = 1.0 if self.cfg.earm_cross_entropy == "add" else 1.0 - weight / self.cfg.earm_weight
+        return self._finish(kept * cross_entropy + weight * terms, nll, sample, values, passes.data, mask)
 
     def _mask(self, sample):
         """(B, T) True on the tokens that count."""
@@ -109,50 +111,57 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         mask[:, : self.ignore_prefix_size] = False
         return mask
 
-    def _contrasted(self, energies, alive, smoothed):
-        """Energies, mask and smoothed NLL of the data at the steps that negatives are held against."""
-        pick = self.family.contrasted
-        return TokenEnergies(*map(pick, energies)), pick(alive), pick(smoothed)
+    def _cross_entropy(self, head, target, mask):
+        """Label-smoothed cross-entropy and NLL of the data, summed."""
+        scored = self._score(head, target, mask, smoothed=True)
+        return _sum(scored.past, mask), _sum(scored.energies.nll, mask)
 
-    def _scores(self, head, tokens, mask, *, smoothed):
-        """Energies, mask and NLL, smoothed or not, of steps: (B, T), or (B, T + 1) with energies read after the last token."""
+    def _score(self, head, tokens, mask, *, smoothed=False) -> Scored:
+        """What a pass says at the steps (B, T), or (B, T + 1) with energies read after the last token."""
         epsilon = self.eps if smoothed else 0.0
         found = head.statistics(post_tokens(tokens) if self.post else tokens, mean=epsilon > 0)
-        energies, alive = TokenEnergies(found.logsumexp, found.target_logit), mask
+        energies = TokenEnergies(found.logsumexp, found.target_logit)
         if self.post:
-            energies, alive = with_post_step(energies, mask)
-        return energies, alive, smoothed_nll(energies, found.mean_logit, head.vocabulary, epsilon)
+            energies, mask = with_post_step(energies, mask)
+        return Scored(energies, mask, smoothed_nll(energies, found.mean_logit, head.vocabulary, epsilon) if smoothed else None)
 
-    def _steps(self) -> dict:
-        return {"recent_tokens": self.cfg.earm_recent_tokens, "energy_steps": str(self.cfg.earm_energy_steps)}
+    def _score_data(self, passes, target, mask) -> Scored:
+        """The data's energies, at the steps that negatives are held against."""
+        with_dropout, without = passes.teacher_forced, passes.without_dropout
+        smoothed = self.cfg.earm_smooth_history
+        scored = self._score(with_dropout if without is None else without, target, mask, smoothed=smoothed)
+        if without is not None and self.cfg.earm_dropout == "energy-off":
+            copies, lse = self._score(with_dropout, target, mask, smoothed=smoothed), scored.energies.logsumexp
+            scored = copies._replace(energies=TokenEnergies(lse, lse - copies.energies.nll))
+        pick = self.family.contrasted
+        past = None if scored.past is None else pick(scored.past)
+        return Scored(TokenEnergies(*map(pick, scored.energies)), pick(scored.mask), past)
 
-    def _earm(self, energies, alive, history, negatives, samples):
-        negative, negative_alive, _ = self._scores(negatives, samples.tokens, samples.mask, smoothed=False)
-        statistics, log_normalizer = self._shared(alive, negative, negative_alive)
-        return earm_loss(
-            energies,
-            alive,
-            negative,
-            negative_alive,
-            normalizer=str(self.cfg.earm_normalizer),
-            sources=samples.sources,
-            statistics=statistics,
-            log_normalizer=log_normalizer,
-            rao_blackwell=self.cfg.earm_variance_reduction == "rao-blackwell" and self.cfg.earm_energy_steps == "all",
-            positive_history=history,
-            **self._steps(),
-        )
+    def _data_control(self, data: Scored):
+        """The loss of the controls that have no negatives."""
+        steps = energy_steps(self.settings, data)
+        if self.control == "flat":
+            return objectives.flat(steps, self.cfg.earm_control_weight)
+        return objectives.likelihood(steps)
 
-    def _shared(self, alive, negative, negative_alive):
-        """Statistics of all workers' negatives, and the moving normaliser; None of each where a batch has its own."""
-        if self.cfg.earm_normalizer == "source":
-            return None, None
-        own = batch_statistics(alive, negative, negative_alive, energy_steps=str(self.cfg.earm_energy_steps))
+    def _contrast(self, data: Scored, negatives: Scored, samples):
+        """Data beside negatives, with the statistics of all workers and the moving normaliser where they are shared."""
+        rows = {"sources": samples.sources, "limits": samples.limits}
+        statistics = log_normalizer = None
+        if self.settings.normalizer == "batch":
+            own = functools.partial(batch_statistics, self.settings, data.mask, negatives, **rows)
+            statistics, log_normalizer = self._shared(max(data.mask.size(1), negatives.mask.size(1)), own)
+        return contrast(self.settings, data, negatives, **rows, statistics=statistics, log_normalizer=log_normalizer)
+
+    def _shared(self, steps, own):
+        """Statistics of all workers' negatives, and the moving normaliser."""
+        if not self._shares_normalizer():
+            return own(steps=steps), None
         if not self.clock.dummy:
-            return self.workers.join(own), self.moving_normalizer
+            return self.workers.join(steps, lambda longest: own(steps=longest)), self.moving_normalizer
         # It counts for nobody; and its loss, which fairseq multiplies by zero, is finite by its own weights alone.
-        self.workers.join(no_statistics(1))
-        return own, None
+        self.workers.join(1, functools.partial(empty_statistics, self.settings))
+        return own(steps=steps), None
 
     def _move_normalizer(self, everyone) -> None:
         """With --earm-normalizer-ema: average the normaliser of all workers over updates, remembered across a resume."""

@@ -1,14 +1,15 @@
 """What E-ARM says in the log: sums from each worker's batch, averages over the interval."""
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from fairseq.logging import metrics
 from torch import Tensor
 
+from fairseq_earm.criterions.training_clock import watch_gradient
+from fairseq_earm.ebm.objectives import EarmLoss
 from fairseq_earm.meter_state import MeterState
-from fairseq_earm.ebm.earm import EarmLoss
 from fairseq_earm.sampling.samples import Samples
 
 # Every worker reports every key in every update, as tensors: otherwise fairseq's summing over workers falls apart.
@@ -54,6 +55,32 @@ def earm_values(earm: EarmLoss, samples: Samples, seconds: float) -> dict:
         "earm_distinct": samples.distinct,
         "earm_sampling_seconds": seconds,
     }
+
+
+def control_values(terms: Tensor, steps: Tensor) -> dict:
+    """The same of a control without negatives.
+
+    Args:
+        terms: its loss.
+        steps: (B, S) True on the data's steps that are in it.
+    """
+    return {"earm_batches": 1, "earm_loss": terms.detach(), "earm_steps": steps.sum()}
+
+
+def watch_clipping(task, active: Callable[[], bool], clip_norm: float) -> None:
+    """Log the gradient's norm, and the share of updates in which it was clipped, of the updates with E-ARM alone.
+
+    Under --earm-every they are N times as large as the others, whose average with them says little of either.
+    """
+
+    def log_norm(norm: Tensor, optimizer) -> Tensor:
+        if active():
+            metrics.log_scalar("earm_gnorm", norm, priority=400, round=3)
+            if clip_norm > 0:
+                metrics.log_scalar("earm_clip", 100.0 * (norm > clip_norm), priority=500, round=1)
+        return norm
+
+    watch_gradient(task, log_norm, scaled=True)
 
 
 def reduce_earm_metrics(logging_outputs: list) -> None:

@@ -58,13 +58,17 @@ class TrainingClock:
 
 
 class EarmSchedule:
-    """λ at the present update: 0 before E-ARM's start, then a linear warm-up to `earm_weight`."""
+    """λ at the present update: 0 before E-ARM's start, then a linear warm-up to `earm_weight`.
+
+    With `earm_every` N it is N times as much in every N-th update, and 0 in the others.
+    """
 
     def __init__(self, cfg, clock: TrainingClock, state: MeterState):
         self.weight = cfg.earm_weight
         self.start_epoch = cfg.earm_start_epoch
         self.start_update = cfg.earm_start_update
         self.warmup = cfg.earm_warmup_updates
+        self.every = cfg.earm_every
         self.clock = clock
         self.state = state
         start = f"update {self.start_update}" if self.start_update >= 0 else f"epoch {self.start_epoch}"
@@ -78,10 +82,10 @@ class EarmSchedule:
         if not self._started():
             self._forget_start()
             return 0.0
-        if self.warmup == 0:
-            return self.weight
-        done = self.clock.num_updates - self._first_update()
-        return self.weight * min(1.0, (done + 1) / self.warmup)
+        grown = 1.0 if self.warmup == 0 else min(1.0, (self.clock.num_updates - self._first_update() + 1) / self.warmup)
+        if self.clock.num_updates % self.every:
+            return 0.0
+        return self.weight * grown * self.every
 
     def _started(self) -> bool:
         if self.start_update >= 0:
@@ -103,16 +107,17 @@ class EarmSchedule:
             self.state.set("first_update", -1)
 
 
-def watch_gradient(task, judge: Callable) -> None:
+def watch_gradient(task, judge: Callable, *, scaled: bool = False) -> None:
     """Have `judge(norm, optimizer)` say what goes on as the norm of a gradient, which all workers have by then.
 
-    Optimizers with a loss scaler judge by themselves, and are left to it.
+    Args:
+        scaled: also watch optimizers with a loss scaler, which refuse a gradient that is not finite by themselves.
     """
     watched = None
 
     def on_step(optimizer, **unused) -> None:
         nonlocal watched
-        if optimizer is not watched and getattr(optimizer, "scaler", None) is None:
+        if optimizer is not watched and (scaled or getattr(optimizer, "scaler", None) is None):
             watched = optimizer
             clip = optimizer.clip_grad_norm
             optimizer.clip_grad_norm = lambda *args, **kwargs: judge(torch.as_tensor(clip(*args, **kwargs)), optimizer)

@@ -9,21 +9,24 @@ from torch import Tensor
 
 
 class StepStatistics(NamedTuple):
-    """What normalisers and count matching must know of a batch, step by step; each (G, T), float64, detached.
+    """What normalisers, count matching and baselines must know of a batch, step by step; float64, detached.
 
     G is the number of normalisers: 1 per batch or one per source.
 
     Attributes:
-        log_sum: log of the sum of exp(lse) over the negatives alive, −inf where none is.
-        log_square_sum: the same of exp(2 · lse).
-        negatives: number of negatives alive.
-        data: number of data rows alive.
+        log_sum: (G, S) log of the sum of exp(lse) over the negatives alive, −inf where none is.
+        log_square_sum: (G, S) the same of exp(2 · lse).
+        negatives: (G, S) number of negatives alive.
+        data: (G, S) number of data rows alive.
+        later, now: (G, L, T) counts for `baseline.history_baseline`, one for each of L lags; L is 0 without a baseline.
     """
 
     log_sum: Tensor
     log_square_sum: Tensor
     negatives: Tensor
     data: Tensor
+    later: Tensor
+    now: Tensor
 
     @property
     def log_normalizer(self) -> Tensor:
@@ -36,10 +39,11 @@ class StepStatistics(NamedTuple):
         return (2 * self.log_sum - self.log_square_sum).exp() / self.negatives.clamp_min(1)
 
     def up_to(self, steps: int) -> StepStatistics:
-        """Those of so many steps: cut, or padded with statistics of nothing."""
+        """Those of so many steps: cut, or padded with statistics of nothing. The baseline's counts stay as they are."""
         rows, own = self.data.shape
         nothing = no_statistics(max(0, steps - own), self.data.device)
-        return StepStatistics(*(torch.cat([each[:, :steps], none.expand(rows, -1)], 1) for each, none in zip(self, nothing)))
+        fitted = (torch.cat([each[:, :steps], none.expand(rows, -1)], 1) for each, none in zip(self[:4], nothing[:4]))
+        return StepStatistics(*fitted, *self[4:])
 
 
 def step_statistics(
@@ -47,25 +51,29 @@ def step_statistics(
 ) -> StepStatistics:
     """Statistics of negatives with logsumexp (R, T), alive where `mask` is True, and of data rows (B, T) alive.
 
+    The counts of a baseline are left empty.
+
     Args:
         groups, data_groups: (R,), (B,) normaliser of each row, in [0, num_groups).
     """
     values = logsumexp.detach().double()  # in single precision 2 · lse would lose what a weight is made of
     sums = (grouped_log_sum_exp(factor * values, mask, groups, num_groups) for factor in (1, 2))
     counts = (group_counts(mask, groups, num_groups), group_counts(data_mask, data_groups, num_groups))
-    return StepStatistics(*sums, *(count.double() for count in counts))
+    empty = values.new_zeros(num_groups, 0, mask.size(1))
+    return StepStatistics(*sums, *(count.double() for count in counts), empty, empty)
 
 
 def join_statistics(parts: StepStatistics) -> StepStatistics:
-    """(1, T) statistics of a batch, from those (W, T) of the parts that it is made of."""
+    """Statistics of a batch, with G = 1, from those of the W parts that it is made of, with G = W."""
     sums = (each.logsumexp(0, keepdim=True) for each in parts[:2])
     return StepStatistics(*sums, *(each.sum(0, keepdim=True) for each in parts[2:]))
 
 
 def no_statistics(steps: int, device=None) -> StepStatistics:
-    """(1, T) statistics of a batch of nothing."""
+    """(1, T) statistics of a batch of nothing, without a baseline."""
     nothing = torch.zeros(1, steps, dtype=torch.float64, device=device)
-    return StepStatistics(nothing - math.inf, nothing - math.inf, nothing, nothing)
+    empty = nothing.new_zeros(1, 0, steps)
+    return StepStatistics(nothing - math.inf, nothing - math.inf, nothing, nothing, empty, empty)
 
 
 def grouped_log_sum_exp(values: Tensor, mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
@@ -80,10 +88,11 @@ def grouped_log_sum_exp(values: Tensor, mask: Tensor, groups: Tensor, num_groups
     values = values.masked_fill(~mask, -math.inf)
     steps = values.size(1)
     index = groups.unsqueeze(1).expand(-1, steps)
-    peak = values.new_full((num_groups, steps), -math.inf).scatter_reduce(0, index, values, "amax")
+    peak = values.new_full((num_groups, steps), -math.inf).scatter_reduce(0, index, values.detach(), "amax")
     reference = peak.masked_fill(peak.isneginf(), 0.0)
     total = values.new_zeros(num_groups, steps).index_add(0, groups, (values - reference[groups]).exp())
-    return total.log() + reference
+    # The gradient of log 0 would be NaN, also where nobody asks for it.
+    return total.masked_fill(total == 0, 1.0).log().masked_fill(total == 0, -math.inf) + reference
 
 
 def group_counts(mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:

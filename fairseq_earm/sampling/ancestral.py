@@ -97,7 +97,7 @@ class AncestralSampler:
                 decoding.select(kept)
                 rows, live = rows[kept], live[kept]
 
-        return self._pack(prefixes[:, 1:], log_q, lengths, given, truncated, sources)
+        return self._pack(prefixes[:, 1:], log_q, lengths, given, truncated, sources)._replace(limits=limits)
 
     def _pack(self, tokens, log_q, lengths, given, truncated, sources) -> Samples:
         steps = torch.arange(int(lengths.max()), device=lengths.device)

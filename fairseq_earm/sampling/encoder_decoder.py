@@ -34,6 +34,7 @@ class EncoderDecoderFamily(ModelFamily):
         self.post = cfg.earm_energy_steps == "post"
         self.loss_rows = cfg.earm_loss_rows
         self.bf16 = cfg.earm_sampling_bf16
+        self.dropout = str(cfg.earm_dropout)
         self.sampler = build_sampler(cfg, task.target_dictionary)
 
     def check(self, model) -> None:
@@ -55,22 +56,19 @@ class EncoderDecoderFamily(ModelFamily):
         samples = self.sampler(model, sample["net_input"], negatives, prefix)
         return samples if prefix is None else _with_data(samples, sample["target"][:, self.given :].ne(model.decoder.dictionary.pad()))
 
-    def forward(self, model, sample) -> Passes:
-        with keep_teacher_forced():
-            return self.data_passes(model.decoder, model(**self._net_input(model, sample)))
-
-    def forward_pair(self, model, sample, samples) -> Passes:
-        starts = start_tokens(sample["net_input"], self.eos)[samples.sources]
-        read = decoder_input(samples.tokens, starts, extra_step=self.post)
-        encoder, decoder = model.encoder, model.decoder
+    def forward(self, model, sample, samples=None, *, energies=True) -> Passes:
+        net_input, encoder, decoder = self._net_input(model, sample), model.encoder, model.decoder
+        again = (lambda inner: inner.forward(**net_input)) if energies and self.dropout != "shared" else None
 
         def decode_negatives(encoder_out):
+            starts = start_tokens(sample["net_input"], self.eos)[samples.sources]
+            read = decoder_input(samples.tokens, starts, extra_step=self.post)
             encoder_out = encoder.reorder_encoder_out(encoder_out, samples.sources)
             return decoder(read, encoder_out=encoder_out, **self.decoder_flags())
 
         with keep_teacher_forced():
-            output, negative = forward_with_negatives(model, self._net_input(model, sample), decode_negatives)
-        return self.data_passes(decoder, output)._replace(negatives=self.head(decoder, negative))
+            negatives = None if samples is None else decode_negatives
+            return self.passes(decoder, forward_with_negatives(model, net_input, negatives, data_again=again))
 
     def _net_input(self, model, sample) -> dict:
         net_input = {**sample["net_input"], **self.decoder_flags()}

@@ -47,8 +47,8 @@ class ImageFamily(ModelFamily):
         UsageError: flags that images have no use for.
     """
 
-    # All images are of one size, and a value has few levels.
-    without_effect = ("earm_max_len_a", "earm_max_len_b", "earm_loss_rows", "earm_sampling_bf16")
+    # All images are of one size, a value has few levels, and the networks have no dropout.
+    without_effect = ("earm_max_len_a", "earm_max_len_b", "earm_loss_rows", "earm_sampling_bf16", "earm_dropout")
 
     def __init__(self, cfg):
         problems = (
@@ -76,10 +76,7 @@ class ImageFamily(ModelFamily):
         everywhere = torch.ones_like(values, dtype=torch.bool)
         return Samples(values, everywhere, log_q, torch.zeros_like(sources, dtype=torch.bool), sources)
 
-    def forward(self, model, sample) -> Passes:
-        return self.data_passes(model.decoder, model(**sample["net_input"]))
-
-    def forward_pair(self, model, sample, samples) -> Passes:
+    def forward(self, model, sample, samples=None, *, energies=True) -> Passes:
         decoder = model.decoder
-        output, negative = forward_with_negatives(model, sample["net_input"], lambda _: decoder(samples.tokens))
-        return self.data_passes(decoder, output)._replace(negatives=self.head(decoder, negative))
+        negatives = None if samples is None else lambda _: decoder(samples.tokens)
+        return self.passes(decoder, forward_with_negatives(model, sample["net_input"], negatives))

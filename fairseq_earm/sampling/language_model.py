@@ -28,6 +28,7 @@ class LanguageModelFamily(ModelFamily):
         sentences: True where each row is one sentence.
         loss_rows: steps whose logits are held at once; 0 for all of them.
         bf16: draw by products in bfloat16.
+        dropout: the criterion's --earm-dropout.
     Raises:
         UsageError: no end-of-sentence in the dictionary.
     """
@@ -36,6 +37,7 @@ class LanguageModelFamily(ModelFamily):
 
     def __init__(
         self, dictionary, length: int, *, prefix_length: int = 0, sentences: bool = False, loss_rows: int = 0, bf16: bool = False,
+        dropout: str = "shared",
     ):
         self.pad = dictionary.pad()
         self.eos = end_of_sentence(dictionary)
@@ -44,6 +46,7 @@ class LanguageModelFamily(ModelFamily):
         self.sentences = sentences
         self.loss_rows = loss_rows
         self.bf16 = bf16
+        self.dropout = dropout
         self.window = slice(prefix_length, prefix_length + length)
 
     def check(self, model) -> None:
@@ -68,22 +71,25 @@ class LanguageModelFamily(ModelFamily):
             samples = self.sampler.go_on(model, self._prefixes(sample), negatives, length=length, to_the_end=self.sentences)
         return self._cut(samples, data)
 
-    def forward(self, model, sample) -> Passes:
-        with keep_teacher_forced():
-            return self.data_passes(model.decoder, model(**sample["net_input"], **self.decoder_flags()))
+    def forward(self, model, sample, samples=None, *, energies=True) -> Passes:
+        net_input, decoder = {**sample["net_input"], **self.decoder_flags()}, model.decoder
 
-    def forward_pair(self, model, sample, samples) -> Passes:
-        read = torch.cat([self._prefixes(sample)[samples.sources], samples.tokens[:, :-1]], 1)
-        decoder = model.decoder
+        def memory_of(rows) -> dict:
+            return {"memory": decoder.select_memory(rows)} if hasattr(decoder, "select_memory") else {}
+
+        def data_again(inner):
+            rows = torch.arange(sample["target"].size(0), device=sample["target"].device)
+            return inner.forward(**net_input, **memory_of(rows))
 
         def decode_negatives(encoder_out):
-            memory = {"memory": decoder.select_memory(samples.sources)} if hasattr(decoder, "select_memory") else {}
-            return decoder(read, **memory, **self.decoder_flags())
+            read = torch.cat([self._prefixes(sample)[samples.sources], samples.tokens[:, :-1]], 1)
+            return decoder(read, **memory_of(samples.sources), **self.decoder_flags())
 
+        again = data_again if energies and self.dropout != "shared" else None
         with keep_teacher_forced():
-            output, negative = forward_with_negatives(model, {**sample["net_input"], **self.decoder_flags()}, decode_negatives)
-        negatives = self.head(decoder, negative).after(self.prefix_length)
-        return self.data_passes(decoder, output)._replace(negatives=negatives)
+            negatives = None if samples is None else decode_negatives
+            passes = self.passes(decoder, forward_with_negatives(model, net_input, negatives, data_again=again))
+        return passes if samples is None else passes._replace(negatives=passes.negatives.after(self.prefix_length))
 
     def contrasted(self, values: Tensor) -> Tensor:
         window = values[:, self.window]
@@ -103,7 +109,9 @@ class LanguageModelFamily(ModelFamily):
             ends = samples.tokens.eq(self.eos)
             alive = (ends.cumsum(1) - ends.long()).eq(0) & data[samples.sources, :1]
             truncated = alive.any(1) & ~(alive & ends).any(1)
+            limits = torch.full_like(samples.sources, self.sampler.length)
         else:
             alive, truncated = data[samples.sources], samples.truncated
+            limits = alive.sum(1)
         tokens, log_q = samples.tokens.masked_fill(~alive, self.pad), samples.log_q.masked_fill(~alive, 0.0)
-        return samples._replace(tokens=tokens, mask=alive, log_q=log_q, truncated=truncated)
+        return samples._replace(tokens=tokens, mask=alive, log_q=log_q, truncated=truncated, limits=limits)

@@ -1,7 +1,7 @@
 """What every sampler returns."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ class Samples(NamedTuple):
         log_q: (B·N, T) log-probability with which the sampler drew each token, 0 where masked.
         truncated: (B·N,) True where the maximum length was reached before end-of-sentence.
         sources: (B·N,) index of the source sentence of each row.
+        limits: (B·N,) the most tokens that each row could have had, given ones included; None: no row could be cut.
     """
 
     tokens: Tensor
@@ -25,6 +26,7 @@ class Samples(NamedTuple):
     log_q: Tensor
     truncated: Tensor
     sources: Tensor
+    limits: Optional[Tensor] = None
 
     @property
     def lengths(self) -> Tensor:

@@ -54,7 +54,7 @@ class GeneratorSampler:
             mask = inside.clone()
             mask[:, : 0 if forced is None else forced.size(1)] = False
             log_q = self._log_q(model, repeated, starts, tokens).masked_fill(~mask, 0.0)
-        return Samples(tokens, mask, log_q, truncated, sources)
+        return Samples(tokens, mask, log_q, truncated, sources, limits)
 
     def _generate(self, model, net_input: dict, longest: int, start: int, forced: Optional[Tensor]) -> list:
         generator = SequenceGenerator(

@@ -64,6 +64,7 @@ class EarmLanguageModelingTask(ScheduledSampling, TruncatedBptt, ExactBatches, L
             sentences=self.cfg.sample_break_mode == "eos",
             loss_rows=cfg.earm_loss_rows,
             bf16=cfg.earm_sampling_bf16,
+            dropout=str(cfg.earm_dropout),
         )
 
 

@@ -38,7 +38,7 @@ class Task:
 def config(**flags):
     """The criterion's defaults, with E-ARM from the first epoch."""
     values = {field.name: field.default for field in fields(EarmCrossEntropyConfig)}
-    values.update(sentence_avg=False, max_epoch=0, max_update=0, earm_start_epoch=1)
+    values.update(sentence_avg=False, max_epoch=0, max_update=0, clip_norm=0.0, earm_start_epoch=1)
     return Namespace(**{**values, **flags})
 
 

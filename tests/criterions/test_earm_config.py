@@ -8,7 +8,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
-from fairseq_earm.criterions.earm_config import check_config
+from fairseq_earm.criterions.earm_checks import check_config
 from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
 from fairseq_earm.errors import UsageError
 from tests.criterions.stubs import Task, batch, build, config
@@ -42,7 +42,7 @@ from tests.tiny_model import tiny_model
         ({"earm_sampling_topk": 5}, "--earm-sampler ancestral"),
         ({"label_smoothing": -0.1}, "--label-smoothing -0.1: give"),
         ({"label_smoothing": math.nan}, "--label-smoothing nan: give"),
-        ({"earm_sampling_topk": 7, "earm_sampler": "generator"}, "--earm-sampling-topk 7: the target dictionary has 6"),
+        ({"earm_sampling_topk": 7, "earm_sampler": "generator", "earm_variance_reduction": "none"}, "--earm-sampling-topk 7: the target dictionary has 6"),
         ({"earm_sampling_topk": 5, "earm_sampling_topp": 0.9, "earm_sampler": "generator"}, "--earm-sampling-topk 5: --earm-sampling-topp"),
         ({"earm_sampling_topk": 0, "earm_sampler": "generator"}, "--earm-sampling-topk 0"),
         ({"earm_sampling_topp": 1.5, "earm_sampler": "generator"}, "--earm-sampling-topp 1.5"),
@@ -65,7 +65,11 @@ def test_settings_that_cannot_work_are_refused(flags, says):
         {"earm_start_epoch": 15, "max_epoch": 10, "earm_start_update": 3, "max_update": 4},
         {"earm_normalizer": "source", "earm_negatives": 2},
         {"earm_normalizer": "source", "earm_control": True},
-        {"earm_sampler": "generator", "earm_sampling_topp": 0.9, "earm_sampling_temperature": 0.7},
+        {
+            "earm_sampler": "generator", "earm_sampling_topp": 0.9, "earm_sampling_temperature": 0.7,
+            "earm_variance_reduction": "rao-blackwell",
+        },
+        {"earm_sampler": "generator", "earm_sampling_topp": 0.9, "earm_control": "likelihood"},
         {"earm_max_len_b": 63},
     ],
 )

@@ -55,7 +55,9 @@ def numbers(model, sample, source, sequence):
     return steps
 
 
-def independent_loss(model, sample, *, m, steps, normalizer, epsilon, prefix, weight, smooth_history=False, rao_blackwell=False):
+def independent_loss(
+    model, sample, *, m, steps, normalizer, epsilon, prefix, weight, smooth_history=False, rao_blackwell=False, baseline=False,
+):
     """Cross-entropy + λ E-ARM, written down from the paper step by step, no tensor of more than one row."""
     pad = model.decoder.dictionary.pad()
     data = [(i, [t for t in row if t != pad]) for i, row in enumerate(sample["target"].tolist())]
@@ -78,11 +80,11 @@ def independent_loss(model, sample, *, m, steps, normalizer, epsilon, prefix, we
         return every, nll[prefix:], smoothed[prefix:]
 
     positives = [(i, *terms(i, sequence, smooth_history)) for i, sequence in data]
-    negatives = [(i, terms(i, sequence, False)[0]) for i, sequence in model_rows]
+    negatives = [(i, *terms(i, sequence, False)[:2]) for i, sequence in model_rows]
     loss = sum(sum(smoothed) for _, _, _, smoothed in positives)
     for i, every, _, _ in positives:
         for k, (history, phi, _) in every.items():
-            peers = [n for j, n in negatives if k in n and (normalizer == "batch" or i == j)]
+            peers = [n for j, n, _ in negatives if k in n and (normalizer == "batch" or i == j)]
             if not peers:
                 continue
             mean = torch.stack([n[k][2] for n in peers]).exp().mean().detach()
@@ -90,7 +92,28 @@ def independent_loss(model, sample, *, m, steps, normalizer, epsilon, prefix, we
                 (n[k][2].exp() / mean).detach() * (n[k][0] + (-n[k][2] if rao_blackwell else n[k][1])) for n in peers
             ) / len(peers)
             loss = loss + weight * (history + phi - phase)
-    return loss
+    return loss + weight * independent_baseline(negatives, positives, m, steps, normalizer, prefix) if baseline else loss
+
+
+def independent_baseline(negatives, positives, m, steps, normalizer, prefix):
+    """Σ b · (NLL − its value) over the tokens that were drawn, b counted row by row."""
+    lengths = {i: prefix + len(nll) for i, _, nll, _ in positives}
+    total, share = 0.0, len(positives) / len(negatives)
+    for j, _, nll in negatives:
+        group = [i for i in lengths if normalizer == "batch" or i == j]
+        peers = [prefix + len(other) for i, _, other in negatives if i in group]
+        for place, each in enumerate(nll):
+            l = prefix + place
+            later = range(l + 1, max([l + 1, *lengths.values()]) if m < 0 else l + m + 1)
+            if steps == "all":
+                b = sum(sum(lengths[i] > k for i in group) / sum(length > l for length in peers) for k in later)
+            else:
+                ends = [length - (steps == "last") for length in lengths.values()]  # counted from 0, as l is
+                says = [end for end, length in zip(ends, lengths.values()) if length > l]
+                within = [end for end in says if l < end <= (l + m if m >= 0 else end)]
+                b = share * len(within) / len(says) if says else 0.0
+            total = total + b * (each - each.detach())
+    return total
 
 
 @pytest.mark.parametrize(
@@ -105,6 +128,8 @@ def independent_loss(model, sample, *, m, steps, normalizer, epsilon, prefix, we
         {"earm_energy_steps": "post", "earm_recent_tokens": 1, "label_smoothing": 0.1},
         {"earm_normalizer": "source", "earm_negatives": 2},
         {"earm_variance_reduction": "none"},
+        {"earm_variance_reduction": "rao-blackwell"},
+        {"earm_variance_reduction": "full", "earm_recent_tokens": -1},
         {"earm_variance_reduction": "none", "earm_recent_tokens": -1, "earm_normalizer": "source", "earm_negatives": 2},
         {"ignore_prefix_size": -1},
         {"ignore_prefix_size": 1},
@@ -118,12 +143,14 @@ def test_loss_and_gradient_are_the_papers(flags, loss_rows):
     criterion.family.sampler = FixedSampler(model, NEGATIVES)
     sample = batch(model)
     loss, _, log = criterion(model, sample)
+    reduction = flags.get("earm_variance_reduction", "full")
     expected = independent_loss(
         model, sample,
         m=flags.get("earm_recent_tokens", 2), steps=flags.get("earm_energy_steps", "all"),
         normalizer=flags.get("earm_normalizer", "batch"), epsilon=flags.get("label_smoothing", 0.0),
         prefix=max(flags.get("ignore_prefix_size", 0), 0), weight=flags.get("earm_weight", config().earm_weight),
-        smooth_history=flags.get("earm_smooth_history", False), rao_blackwell="earm_variance_reduction" not in flags and "earm_energy_steps" not in flags,
+        smooth_history=flags.get("earm_smooth_history", False), baseline=reduction == "full",
+        rao_blackwell=reduction != "none" and "earm_energy_steps" not in flags,
     )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     ours, theirs = gradients(model, loss), gradients(model, expected)

@@ -1,16 +1,15 @@
 """E-ARM's loss against the exact gradient of Eq. 6, by enumeration; and that no slip goes unnoticed."""
 from __future__ import annotations
 
-import inspect
-import types
-
 import pytest
 import torch
 
-from fairseq_earm.ebm import earm, weights
-from fairseq_earm.ebm.earm import batch_statistics, earm_loss, history, nll_terms
+from fairseq_earm.ebm import contrast, objectives, weights
+from fairseq_earm.ebm.contrast import EarmSettings, Scored, batch_statistics, history
+from fairseq_earm.ebm.earm import earm_loss, nll_terms
 from fairseq_earm.ebm.energy import TokenEnergies, token_energies
 from fairseq_earm.ebm.weights import StepStatistics, join_statistics, no_statistics
+from tests.ebm.mutants import mutated_loss
 from tests.oracles.tabular import TabularModel, exact_objective, gradient
 
 DATA = [(1, 0), (2, 1, 0), (0,), (1, 2, 2), (2, 0), (1, 1, 0), (1, 0), (2, 2, 0)]
@@ -49,11 +48,12 @@ def relative_error(got, expected):
 @pytest.mark.parametrize("normalizer", ["batch", "source"])
 @pytest.mark.parametrize("energy_steps", ["all", "last", "post"])
 @pytest.mark.parametrize("recent_tokens", [-1, 0, 1, 2])
-def test_gradient_is_that_of_the_exact_objective(recent_tokens, energy_steps, normalizer, seed):
+@pytest.mark.parametrize("baseline", [False, True])
+def test_gradient_is_that_of_the_exact_objective(baseline, recent_tokens, energy_steps, normalizer, seed):
     model = TabularModel(seed=seed)
     settings = {"recent_tokens": recent_tokens, "energy_steps": energy_steps, "normalizer": normalizer}
     expected = gradient(exact_objective(model, DATA, DATA_SOURCES, **settings), model)
-    got = gradient(estimate(model, **settings).loss, model)
+    got = gradient(estimate(model, baseline=baseline, **settings).loss, model)
     assert relative_error(got, expected) < 1e-12
 
 
@@ -75,48 +75,31 @@ def test_a_logit_shift_of_all_prefixes_has_no_gradient():
 
 
 # Each entry: what goes wrong, where, the line as it is, the line as it would be.
+STEPS = "return Steps(past, energies.phi, energies.logsumexp, mask)"
 SLIPS = [
-    ("history includes its own token", earm, "range(1, recent_tokens + 1)", "range(0, recent_tokens)"),
-    ("first step left out", earm, "return _Steps(past, energies.phi, energies.logsumexp, mask)",
-     "return _Steps(past, energies.phi, energies.logsumexp, mask & (torch.arange(mask.size(1)) > 0))"),
-    ("end-of-sentence left out", earm, "return _Steps(past, energies.phi, energies.logsumexp, mask)",
-     "return _Steps(past, energies.phi, energies.logsumexp, mask & F.pad(mask[:, 1:], (0, 1)))"),
-    ("phi with the wrong sign", earm, "_masked_sum(data.history + data.phi, data_mask)",
-     "_masked_sum(data.history - data.phi, data_mask)"),
-    ("negatives' phi with the wrong sign", earm, "weights * (model.history + model.phi)",
+    ("history includes its own token", contrast, "range(1, recent_tokens + 1)", "range(0, recent_tokens)"),
+    ("first step left out", contrast, STEPS, STEPS.replace("mask)", "mask & (torch.arange(mask.size(1)) > 0))")),
+    ("end-of-sentence left out", contrast, STEPS, STEPS.replace("mask)", "mask & F.pad(mask[:, 1:], (0, 1)))")),
+    ("phi with the wrong sign", objectives, "masked_sum(data.history + data.phi, found.data_mask)",
+     "masked_sum(data.history - data.phi, found.data_mask)"),
+    ("negatives' phi with the wrong sign", objectives, "weights * (model.history + model.phi)",
      "weights * (model.history - model.phi)"),
-    ("weights of the previous step", earm, "weights = log_weights.exp()",
-     "weights = F.pad(log_weights[:, :-1], (1, 0)).exp()"),
-    ("weights of the next step", earm, "weights = log_weights.exp()",
-     "weights = F.pad(log_weights[:, 1:], (0, 1), value=0.0).nan_to_num(neginf=0.0).exp()"),
-    ("no weights", earm, "weights = log_weights.exp()", "weights = torch.ones_like(log_weights)"),
-    ("baseline on the history", earm, "weights * (model.history + model.phi)",
-     "((log_weights.exp() - 1) * model.history + log_weights.exp() * model.phi) * share[model_group]"),
-    ("unmatched counts", earm, "share = (statistics.data / statistics.negatives.clamp_min(1))",
+    ("weights of the previous step", objectives, "weights = found.log_weights.exp()",
+     "weights = F.pad(found.log_weights[:, :-1], (1, 0)).exp()"),
+    ("weights of the next step", objectives, "weights = found.log_weights.exp()",
+     "weights = F.pad(found.log_weights[:, 1:], (0, 1), value=0.0).nan_to_num(neginf=0.0).exp()"),
+    ("no weights", objectives, "weights = found.log_weights.exp()", "weights = found.log_weights.exp().sign()"),
+    ("baseline on the history", objectives, "weights * (model.history + model.phi)",
+     "(weights - found.share[found.negative_group]) * model.history + weights * model.phi"),
+    ("unmatched counts", contrast, "share = (statistics.data / statistics.negatives.clamp_min(1))",
      "share = (statistics.data.sum() / statistics.negatives.sum()).expand_as(statistics.data)"),
-    ("one normaliser for all steps", earm, "log_weights = log_importance_weights(",
+    ("one normaliser for all steps", contrast, "log_weights = log_importance_weights(",
      "log_normalizer = torch.full_like(log_normalizer, model.logsumexp.detach()[model.mask].logsumexp(0) - model.mask.sum().log())"
      "; log_weights = log_importance_weights("),
     ("weights not detached", weights, "logsumexp = logsumexp.detach()", "pass"),
     ("normaliser not divided by the count", weights, "return self.log_sum - self.negatives.clamp_min(1).log()", "return self.log_sum"),
-    ("unreached data steps kept", earm, "data_mask = data.mask & (statistics.negatives > 0)[data_group]", "data_mask = data.mask"),
+    ("unreached data steps kept", contrast, "data_mask = data.mask & (statistics.negatives > 0)[data_group]", "data_mask = data.mask"),
 ]
-
-
-def mutated_loss(module, line, replacement):
-    """`earm_loss` as it would be with one line of `earm` or `weights` changed."""
-    copies = {}
-    for original in (weights, earm):
-        source = inspect.getsource(original)
-        if original is module:
-            assert source.count(line) == 1, f"the line to change is not there once: {line}"
-            source = source.replace(line, replacement)
-        copies[original.__name__] = copy = types.ModuleType("copy_of_" + original.__name__.split(".")[-1])
-        copy.__dict__["__annotations__"] = {}
-        exec(compile(source, copy.__name__, "exec"), copy.__dict__)
-    for name in ("StepStatistics", "step_statistics", "log_importance_weights"):
-        setattr(copies[earm.__name__], name, getattr(copies[weights.__name__], name))
-    return copies[earm.__name__].earm_loss
 
 
 @pytest.mark.parametrize("slip, module, line, replacement", SLIPS, ids=[slip[0].replace(" ", "-") for slip in SLIPS])
@@ -232,7 +215,11 @@ def test_half_precision_logits_agree():
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rao_blackwell": True}, {"recent_tokens": -1}, {"energy_steps": "last"}, {"energy_steps": "post", "recent_tokens": 0}],
+    [
+        {}, {"rao_blackwell": True}, {"recent_tokens": -1}, {"energy_steps": "last"}, {"energy_steps": "post", "recent_tokens": 0},
+        {"baseline": True}, {"baseline": True, "recent_tokens": -1}, {"baseline": True, "energy_steps": "last"},
+        {"baseline": True, "energy_steps": "post", "recent_tokens": -1},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("moving", [False, True])
@@ -253,10 +240,10 @@ def test_losses_of_parts_are_the_loss_of_the_whole(settings, moving):
 
     whole = earm_loss(*phases(range(len(DATA)), range(len(negatives))), **settings, **normaliser)
     parts = [phases(*cut) for cut in cuts]
-    steps = settings.get("energy_steps", "all")
-    own = [batch_statistics(part[1], *part[2:], energy_steps=steps) for part in parts]
-    longest = max(each.data.size(1) for each in own)
-    joint = join_statistics(StepStatistics(*(torch.cat(each) for each in zip(*(each.up_to(longest) for each in own)))))
+    longest = max(mask.size(1) for part in parts for mask in part[1::2])
+    whole_settings = EarmSettings(**settings)
+    own = [batch_statistics(whole_settings, part[1], Scored(*part[2:]), steps=longest) for part in parts]
+    joint = join_statistics(StepStatistics(*(torch.cat(each) for each in zip(*own))))
     found = [earm_loss(*part, **settings, **normaliser, statistics=joint) for part in parts]
 
     loss = sum(each.loss for each in found)

@@ -67,7 +67,7 @@ def test_data_and_negatives_in_one_forward(name):
     sample, calls = batch(model), []
     samples = family().draw(model, sample, 2)
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    passes = family().forward_pair(model, sample, samples)
+    passes = family().forward(model, sample, samples)
     hook.remove()
     assert len(calls) == 1
     assert torch.equal(passes.data.logits, model(sample["target"])[0]) and passes.teacher_forced is passes.data

@@ -112,7 +112,7 @@ def test_energies_are_those_of_one_row_at_a_time(head, settings):
     its, sample = family(model, **settings), batch()
     skipped = settings.get("prefix_length", 0)
     drawn = its.draw(model, sample, 2)
-    passes = its.forward_pair(model, sample, drawn)
+    passes = its.forward(model, sample, drawn)
     window = its.contrasted(passes.data.logits)
     targets, alive = its.contrasted(sample["target"]), its.contrasted(sample["target"].ne(PAD))
     assert passes.negatives.logits.shape[:2] == drawn.tokens.shape and passes.teacher_forced is passes.data
@@ -136,7 +136,7 @@ def test_energies_are_those_of_one_row_at_a_time(head, settings):
 def test_the_control_s_pass_is_the_data_s():
     model, sample = tiny_language_model(words=3, **TIED), batch()
     its = family(model, 3, prefix_length=1)
-    assert torch.allclose(its.forward(model, sample).data.logits, its.forward_pair(model, sample, its.draw(model, sample, 1)).data.logits)
+    assert torch.allclose(its.forward(model, sample).data.logits, its.forward(model, sample, its.draw(model, sample, 1)).data.logits)
     assert its.forward(model, sample).negatives is None
 
 
