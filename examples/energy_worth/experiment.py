@@ -1,0 +1,211 @@
+"""What the energy of E-ARM is worth: branches from one base, each with its rate chosen on two seeds and judged on five others.
+
+    experiment.py tune CORPUS OUTPUT       every branch at every rate of the grid, seeds 1 and 2
+    experiment.py confirm CORPUS OUTPUT    every branch at its best rate by validation data, five fresh seeds
+    experiment.py table [CORPUS ...]       the tables of results/
+
+CORPUS is a name in plan.py. The synthetic language is made on the spot; for multi30k give --data and --base. Each
+finished branch leaves one file in results/CORPUS, and is not run again; so a run that was stopped goes on where it was.
+OUTPUT holds data, checkpoints and logs.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Dict, List, Optional
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "synthetic"), str(HERE.parents[1])]
+
+import language  # noqa: E402
+from commands import CommandFailed, Runner, generate_command, preprocess_command, train_command  # noqa: E402
+from plan import BRANCHES, CORPORA, Corpus  # noqa: E402
+
+SPLIT_SEEDS = {"train": 1, "valid": 2, "test": 3}
+HELD_OUT = 400
+WARMUP = 20
+# glibc then keeps freed memory, which halves the time of an update on a CPU.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+
+class Experiment:
+    """The runs of one corpus.
+
+    Args:
+        name: of the corpus.
+        output: folder of data, checkpoints and logs.
+        results: folder of finished branches.
+        data, base: binary data and the checkpoint that branches start from, where they are given.
+    """
+
+    def __init__(self, name: str, output: Path, results: Path, data: Optional[Path], base: Optional[Path]):
+        self.corpus: Corpus = CORPORA[name]
+        self.output, self.results, self.data, self.base = output / name, results / name, data, base
+        self.results.mkdir(parents=True, exist_ok=True)
+        self.output.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self, runner: Runner) -> None:
+        """Write and binarise the sentence pairs, the same ones for every seed."""
+        if self.corpus.pairs == 0 or (self.output / "binary" / "preprocess.log").exists():
+            return
+        raw = self.output / "raw"
+        raw.mkdir(exist_ok=True)
+        for split, seed in SPLIT_SEEDS.items():
+            pairs = language.sample_pairs(self.corpus.pairs if split == "train" else HELD_OUT, seed)
+            for side, suffix in enumerate(("src", "tgt")):
+                (raw / f"{split}.{suffix}").write_text("".join(" ".join(pair[side]) + "\n" for pair in pairs))
+        runner.run(preprocess_command(raw, self.output / "binary"), self.output / "preprocess.log")
+
+    def binary(self) -> Path:
+        return self.data or self.output / "binary"
+
+    def run_seed(self, runner: Runner, seed: int, wanted: List[tuple], pool) -> List:
+        """Train the seed's base, and then its branches, [(branch, rate)], as workers become free."""
+        base = self.base
+        if base is None:
+            folder = self.output / f"seed{seed}" / "base"
+            base = folder / "checkpoint_last.pt"
+            if not (folder / "finished").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                flags = [*self.corpus.flags, *self.corpus.base_flags, "--seed", str(seed)]
+                runner.run(train_command(self.binary(), folder, flags), folder / "train.log")
+                (folder / "finished").touch()
+        missing = [(branch, rate) for branch, rate in wanted if not self.result(branch, rate, seed).exists()]
+        return [pool.submit(self.run_branch, runner, base, seed, branch, rate) for branch, rate in missing]
+
+    def result(self, branch: str, rate: float, seed: int) -> Path:
+        name = branch.replace(", ", "_").replace(" ", "-")
+        return self.results / f"{name}_lr{rate:g}_updates{self.updates(branch)}_seed{seed}.json"
+
+    def updates(self, branch: str) -> int:
+        return round(self.corpus.updates * BRANCHES[branch].updates)
+
+    def run_branch(self, runner: Runner, base: Path, seed: int, branch: str, rate: float) -> None:
+        """Train, measure and, if wanted, translate; one file says what came out."""
+        target, updates = self.result(branch, rate, seed), str(self.updates(branch))
+        folder = self.output / f"seed{seed}" / target.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob("checkpoint*.pt"):
+            left_over.unlink()  # of a run that was stopped, which would go on without its optimizer's state
+        flags = [
+            *self.corpus.flags, *BRANCHES[branch].flags, "--seed", str(seed), "--lr", str(rate), "--lr-scheduler", "polynomial_decay",
+            "--warmup-updates", str(WARMUP), "--total-num-update", updates, "--max-update", updates, f"--finetune-from-model={base}",
+        ]
+        train = train_command(self.binary(), folder, flags)
+        runner.run(train, folder / "train.log")
+        found = folder / "measure.json"
+        runner.run(self.measure_command(folder, found, branch), folder / "measure.log")
+        numbers = json.loads(found.read_text())
+        if self.corpus.generate:
+            runner.run(generate_command(self.binary(), folder / "checkpoint_last.pt", self.corpus.generate), folder / "generate.log")
+            numbers["bleu"] = bleu(folder / "generate.log")
+        numbers.update(training_figures(folder / "train.log"), branch=branch, rate=rate, seed=seed, updates=int(updates))
+        numbers["flags"] = BRANCHES[branch].flags
+        target.write_text(json.dumps(numbers, indent=1) + "\n")
+        (folder / "checkpoint_last.pt").unlink()
+        (folder / "checkpoint_best.pt").unlink(missing_ok=True)
+
+    def measure_command(self, folder: Path, found: Path, branch: str) -> List[str]:
+        a, b = self.corpus.max_len
+        return [
+            "python", str(HERE / "measure_branch.py"), str(self.binary()), str(folder / "checkpoint_last.pt"), str(found),
+            "--samples", str(self.corpus.samples), "--energy-step", BRANCHES[branch].energy_step, "--max-len", str(a), str(b),
+            *(["--synthetic"] if self.corpus.pairs else []),
+        ]
+
+
+def bleu(log: Path) -> float:
+    """The score at the end of a log of fairseq-generate."""
+    import re
+
+    return float(re.findall(r"BLEU4? = ([\d.]+)", log.read_text())[-1])
+
+
+def training_figures(log: Path) -> dict:
+    """Seconds per update, and the mean DV and gradient norm of the second half of a training."""
+    from fairseq_earm.evaluation.training_log import read_log
+
+    inner = read_log(log).get("train_inner", [])
+    half = inner[len(inner) // 2 :]
+
+    def mean(key):
+        values = [record[key] for record in half if record.get(key) is not None]
+        return statistics.mean(values) if values else None
+
+    rates = [1 / record["ups"] for record in inner if record.get("ups")]
+    return {"seconds_per_update": statistics.median(rates), "training_dv": mean("earm_dv"), "gradient_norm": mean("gnorm")}
+
+
+def finished(results: Path) -> List[dict]:
+    """What all branches of a corpus left, one dictionary each."""
+    return [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+
+
+def best_rates(corpus: Corpus, results: Path) -> Dict[str, float]:
+    """Of each branch the rate with the lowest joint NLL of validation data, the mean of the tuning seeds.
+
+    Raises:
+        SystemExit: a branch was not tuned.
+    """
+    by_rate: Dict[tuple, List[float]] = {}
+    for row in finished(results):
+        if row["seed"] in corpus.tuning_seeds:
+            by_rate.setdefault((row["branch"], row["rate"]), []).append(row["valid_joint_nll"])
+    complete = {key: statistics.mean(found) for key, found in by_rate.items() if len(found) == len(corpus.tuning_seeds)}
+    missing = [name for name in corpus.branches if not any(branch == name for branch, _ in complete)]
+    if missing:
+        raise SystemExit(f"{results.name}: {', '.join(missing)} not tuned yet; run experiment.py tune first")
+    return {name: min((nll, rate) for (branch, rate), nll in complete.items() if branch == name)[1] for name in corpus.branches}
+
+
+def run(args) -> None:
+    """All branches of the seeds that are wanted, `--jobs` at a time."""
+    os.environ.update(MALLOC)
+    experiment = Experiment(args.corpus, args.output, args.results, args.data, args.base)
+    corpus = experiment.corpus
+    branches = args.branches or corpus.branches
+    if args.command == "tune":
+        seeds, rates = args.seeds or corpus.tuning_seeds, {branch: args.rates or corpus.rates for branch in branches}
+    else:
+        chosen = best_rates(corpus, experiment.results) if not args.rates else dict.fromkeys(branches, args.rates[0])
+        seeds, rates = args.seeds or corpus.fresh_seeds, {branch: [chosen[branch]] for branch in branches}
+    wanted = [(branch, rate) for branch in branches for rate in rates[branch]]
+    runner = Runner(len(seeds) * len(wanted) * (3 if corpus.generate else 2))
+    try:
+        experiment.prepare(runner)
+        with ThreadPoolExecutor(args.jobs) as bases, ThreadPoolExecutor(args.jobs) as pool:
+            jobs = bases.map(lambda seed: experiment.run_seed(runner, seed, wanted, pool), seeds)
+            for job in [job for found in jobs for job in found]:
+                job.result()
+    except CommandFailed as failure:
+        runner.stop()
+        raise SystemExit(str(failure)) from None
+    runner.stop()
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    for name in ("tune", "confirm"):
+        one = commands.add_parser(name)
+        one.add_argument("corpus", choices=list(CORPORA))
+        one.add_argument("output", type=Path)
+        one.add_argument("--data", type=Path, help="binary data, where the corpus is not made on the spot")
+        one.add_argument("--base", type=Path, help="checkpoint that all branches start from, where none is trained for each seed")
+        one.add_argument("--branches", nargs="+", choices=list(BRANCHES), help="default: all of the corpus")
+        one.add_argument("--rates", nargs="+", type=float, help="default: the grid of the corpus, or the best of it")
+        one.add_argument("--seeds", nargs="+", type=int, help="default: those of the corpus")
+        one.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
+        one.add_argument("--results", type=Path, default=HERE / "results")
+        one.set_defaults(function=run)
+    args = parser.parse_args(arguments)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()
