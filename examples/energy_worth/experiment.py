@@ -82,6 +82,10 @@ class Experiment:
         name = branch.replace(", ", "_").replace(" ", "-")
         return self.results / f"{name}_lr{rate:g}_updates{self.updates(branch)}_seed{seed}.json"
 
+    def translates(self, seed: int) -> bool:
+        """Whether the test set is translated: only by what the verdict rests on."""
+        return bool(self.corpus.generate) and seed in self.corpus.fresh_seeds
+
     def updates(self, branch: str) -> int:
         return round(self.corpus.updates * BRANCHES[branch].updates)
 
@@ -101,7 +105,7 @@ class Experiment:
         found = folder / "measure.json"
         runner.run(self.measure_command(folder, found, branch), folder / "measure.log")
         numbers = json.loads(found.read_text())
-        if self.corpus.generate:
+        if self.translates(seed):
             runner.run(generate_command(self.binary(), folder / "checkpoint_last.pt", self.corpus.generate), folder / "generate.log")
             numbers["bleu"] = bleu(folder / "generate.log")
         numbers.update(training_figures(folder / "train.log"), branch=branch, rate=rate, seed=seed, updates=int(updates))
@@ -175,7 +179,7 @@ def run(args) -> None:
         chosen = best_rates(corpus, experiment.results) if not args.rates else dict.fromkeys(branches, args.rates[0])
         seeds, rates = args.seeds or corpus.fresh_seeds, {branch: [chosen[branch]] for branch in branches}
     wanted = [(branch, rate) for branch in branches for rate in rates[branch]]
-    runner = Runner(len(seeds) * len(wanted) * (3 if corpus.generate else 2))
+    runner = Runner(sum(3 if experiment.translates(seed) else 2 for seed in seeds) * len(wanted))
     try:
         experiment.prepare(runner)
         with ThreadPoolExecutor(args.jobs) as bases, ThreadPoolExecutor(args.jobs) as pool:
