@@ -45,12 +45,13 @@ def exact_samples(family) -> Samples:
 @pytest.mark.parametrize("normalizer", ["batch", "source"])
 @pytest.mark.parametrize("recent_tokens", [-1, 0, 1])
 @pytest.mark.parametrize("energy_steps", ["all", "last", "post"])
-def test_the_gradient_is_that_of_the_exact_objective(family, energy_steps, recent_tokens, normalizer):
+@pytest.mark.parametrize("reduction", ["none", "full"])
+def test_the_gradient_is_that_of_the_exact_objective(family, reduction, energy_steps, recent_tokens, normalizer):
     if energy_steps not in family.steps or normalizer not in family.normalizers:
         pytest.skip("this family has no such steps or sources")
     weight, settings = 0.7, {"recent_tokens": recent_tokens, "normalizer": normalizer}
     criterion = family.criterion(
-        earm_weight=weight, earm_negatives=2, earm_energy_steps=energy_steps, earm_variance_reduction="none",
+        earm_weight=weight, earm_negatives=2, earm_energy_steps=energy_steps, earm_variance_reduction=reduction,
         **{f"earm_{key}": value for key, value in settings.items()},
     )
     samples = exact_samples(family)

@@ -25,6 +25,8 @@ FLAGS = {
     "last step": {"earm_energy_steps": "last", "earm_recent_tokens": 1},
     "one step later": {"earm_energy_steps": "post", "earm_recent_tokens": -1},
     "few rows at a time": {"earm_loss_rows": 2, "ignore_prefix_size": 1},
+    "noise": {"earm_control": "noise"},
+    "without dropout": {"earm_dropout": "off"},
     "moving": MOVING,
     "moving, last step": {**MOVING, "earm_energy_steps": "last"},
 }
@@ -168,6 +170,7 @@ ALONE = {
     "before the start": {"earm_start_update": 5},
     "λ = 0": {"earm_weight": 0.0},
     "control": {"earm_control": True},
+    "nce": {"earm_objective": "nce"},
     "per source": {"earm_normalizer": "source", "earm_negatives": 2},
 }
 

@@ -74,8 +74,9 @@ def nce(found: Contrast) -> EarmLoss:
 def noise(found: Contrast) -> EarmLoss:
     """The control for `kl` that has its samples without its energy: log w = 0, and lse held fixed.
 
-    φ is then the NLL, and vanishes where Rao-Blackwell replaced it. Its gradient has the mean of `likelihood`'s, as far
-    as negatives are drawn from the q that is scored, and the noise of samples.
+    φ is then the NLL, and vanishes where Rao-Blackwell replaced it. On average, and as far as negatives are drawn from the
+    q that is scored, it descends the likelihood of `likelihood`, given that each step is reached; to that comes the noise
+    of samples.
     """
     data, model = found.data, found.negatives
     positive = masked_sum(data.history + data.phi + data.logsumexp, found.data_mask)
