@@ -96,7 +96,7 @@ def test_it_takes_the_place_of_cross_entropy_unchanged(tiny, tmp_path):
 
 
 VARIANTS = [
-    ["--earm-sampler", "generator", "--earm-sampling-topk", 5],
+    ["--earm-sampler", "generator", "--earm-sampling-topk", 5, "--earm-variance-reduction", "none"],
     ["--earm-energy-steps", "last"],
     ["--earm-energy-steps", "post"],
     ["--earm-normalizer", "source", "--earm-negatives", 2],
