@@ -64,7 +64,7 @@ def test_a_control_of_version_0_1_is_validated_and_resumed(tiny, tmp_path, contr
     train(tiny, tmp_path / "old", *older, "--max-update", 2)
     saved = tmp_path / "old" / "checkpoint_last.pt"
     of_version_0_1(saved, control)
-    command("validate", tiny.data, "--path", saved, "--task", "translation", "--valid-subset", "test", "--batch-size", 8, "--cpu")
+    command("validate", tiny.data, "--path", saved, "--task", "translation", "--valid-subset", "valid", "--batch-size", 8, "--cpu")
     resumed = train(tiny, tmp_path / "old", *older, "--max-update", 4)
     assert same_state(resumed.checkpoint(), whole.checkpoint())
     keys = {"earm_loss"} if control else KEYS

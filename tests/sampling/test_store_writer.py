@@ -6,12 +6,15 @@ import errno
 import fcntl
 import functools
 import os
+import shutil
+import zlib
 from types import SimpleNamespace
 
 import pytest
 
 from fairseq_earm.sampling import store_writer
 from fairseq_earm.sampling.store_settings import SETTINGS, chunk_starts
+from tests.evaluation.racing import meanwhile
 from tests.sampling.stored import copy_of, files, finished, open_store, refusal, tokens_of, world, write, writer_of  # noqa: F401
 
 
@@ -114,7 +117,7 @@ def test_a_damaged_part_is_drawn_again_and_spoken_of_once(world, finished, tmp_p
     assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
     assert files(tmp_path / "test") == files(finished)
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"{part}: damaged, or of an earlier version; drawn again"]
+    assert said == [f"{part}: damaged, or of another version or other settings; drawn again"]
 
 
 def test_all_damaged_parts_are_one_line(world, finished, tmp_path, caplog):
@@ -159,6 +162,21 @@ def test_other_settings_are_refused_by_name(world, finished, tmp_path, name):
     assert files(tmp_path / "test") == before
 
 
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("chunks", [1, None])
+def test_other_settings_are_refused_by_name_where_another_process_was_faster(world, tmp_path, name, chunks):
+    """Both had looked before one of them wrote; it left some parts, or all of the samples."""
+    first, second = writer_of(world, tmp_path / "test"), writer_of(world, tmp_path / "test", **{name: OTHER[name]})
+    write(world, tmp_path / "test", chunks)
+    before = files(tmp_path / "test")
+    message = refusal(second.__enter__)
+    where = tmp_path / ("test.parts" if chunks else "test.json")
+    assert f"{where} was made with other settings: {SETTINGS[name].flag}" in message and f"or delete {where}" in message
+    assert files(tmp_path / "test") == before
+    with first:
+        assert len(first.missing()) == (len(chunk_starts(world.settings)) - 1 if chunks else 0)
+
+
 def test_the_first_difference_is_named(world, finished):
     assert "--samples 5, this is 9" in refusal(writer_of, world, finished, seed=7, samples=9)
 
@@ -188,6 +206,94 @@ def test_two_processes_cannot_write_the_same(world, tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX)
         assert "another process" in refusal(write, world, tmp_path / "test")
     assert write(world, tmp_path / "test") > 0
+
+
+def test_what_another_process_finished_meanwhile_is_left_alone(world, finished, tmp_path):
+    writer = writer_of(world, tmp_path / "test")
+    write(world, tmp_path / "test")
+    inode = os.stat(tmp_path / "test.bin").st_ino
+    with writer:
+        assert writer.finished and writer.missing() == []
+        writer.finish()
+    assert files(tmp_path / "test") == files(finished) and not (tmp_path / "test.parts").exists()
+    assert os.stat(tmp_path / "test.bin").st_ino == inode
+
+
+def test_what_another_process_damaged_meanwhile_is_not_called_finished(world, finished, tmp_path):
+    writer = writer_of(world, tmp_path / "test")
+    os.truncate(f"{copy_of(finished, tmp_path)}.bin", 10)
+    assert "test.bin has 10 bytes" in refusal(writer.__enter__)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_lock_that_its_holder_removed_keeps_nobody_out(world, tmp_path, monkeypatch, seed):
+    """The other process finishes, and removes its files, after this one opened the lock and before it locks it."""
+    writer = writer_of(world, tmp_path / "test", seed=seed)
+    meanwhile(monkeypatch, lambda: write(world, tmp_path / "test"))
+    if seed == 1:
+        with writer:
+            assert writer.missing() == []
+    else:
+        assert "test.json was made with other settings: --seed 1, this is 2" in refusal(writer.__enter__)
+    assert sorted(files(tmp_path / "test")) == ["test.bin", "test.idx", "test.json"]
+
+
+def test_the_lock_is_the_one_that_others_see(world, tmp_path, monkeypatch):
+    """Here the other process's work is deleted too, so that there is everything to do."""
+    writer = writer_of(world, tmp_path / "test")
+    (tmp_path / "test.parts").mkdir()
+    meanwhile(monkeypatch, lambda: os.remove(tmp_path / "test.parts" / "lock"))
+    with writer:
+        assert "another process" in refusal(write, world, tmp_path / "test")
+
+
+def test_the_files_of_others_that_came_meanwhile_are_not_overwritten(world, tmp_path):
+    writer = writer_of(world, tmp_path / "test")
+    (tmp_path / "test.bin").write_text("mine")
+    assert "test.bin exists" in refusal(writer.__enter__)
+    assert "test.bin exists" in refusal(writer_of, world, tmp_path / "test")
+    assert (tmp_path / "test.bin").read_text() == "mine"
+
+
+def test_a_folder_of_parts_that_is_removed_meanwhile_is_none(world, tmp_path, monkeypatch):
+    """As by another process that finishes."""
+    write(world, tmp_path / "test", 1)
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    shutil.rmtree(tmp_path / "test.parts")
+    writer = writer_of(world, tmp_path / "test")
+    assert writer.missing() == list(chunk_starts(world.settings))
+    writer.remove_parts()
+
+
+@pytest.mark.parametrize("name", set(OTHER) - {"samples", "prefix_length", "sequence_length"})  # other lengths have other sizes
+def test_a_part_of_other_settings_is_drawn_again(world, finished, tmp_path, name, caplog):
+    """Where a folder says that it has one kind of samples, and a part of another kind came into it."""
+    write(world, tmp_path / "test", 3)
+    part = tmp_path / "test.parts" / "part-3"
+    with writer_of(world, tmp_path / "other", **{name: OTHER[name]}) as other:
+        other.add(3, tokens_of(world, range(3, 6)))
+    shutil.copy(tmp_path / "other.parts" / "part-3", part)
+    shutil.rmtree(tmp_path / "other.parts")
+    assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
+    assert files(tmp_path / "test") == files(finished)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{part}: damaged, or of another version or other settings; drawn again"
+    ]
+
+
+def as_by_version_0_1(part):
+    """A part with the checksum that version 0.1 gave it, which has nothing of the settings."""
+    data = part.read_bytes()[:-4]
+    part.write_bytes(data + zlib.crc32(part.name.encode() + data).to_bytes(4, "little"))
+
+
+def test_goes_on_after_version_0_1(world, finished, tmp_path, caplog):
+    write(world, tmp_path / "test", 3)
+    for part in (tmp_path / "test.parts").glob("part-*"):
+        as_by_version_0_1(part)
+    assert "--seed 1, this is 2" in refusal(writer_of, world, tmp_path / "test", seed=2)
+    assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 3
+    assert files(tmp_path / "test") == files(finished) and not caplog.records
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(world, finished, tmp_path, monkeypatch):
