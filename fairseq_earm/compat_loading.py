@@ -22,6 +22,7 @@ from fairseq_earm.errors import UsageError
 LARGEST = 1 << 20  # elements of a list that a setting multiplies out
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 SIGNS = {ast.USub: operator.neg, ast.UAdd: operator.pos}
+NOTHING = bytes(8)  # what an array without a state yet points at, never freed
 
 
 def load_without_running() -> None:
@@ -80,13 +81,16 @@ class Integers(np.ndarray):
     """An array of a checkpoint, the counts of `--eval-bleu`; written down again it is a plain one.
 
     numpy's own classes do as a pickle tells them, to the point of taking a file's bytes for the addresses of objects. This one
-    takes integers of 64 bits, as many as its shape says.
+    takes integers of 64 bits, as many as its shape says, and takes them once: numpy frees an array's memory when it sets another
+    state, also where a tensor of the same checkpoint, made by torch's own functions, stands on that memory.
     """
 
     def __new__(cls):
-        return super().__new__(cls, (0,), np.int64)
+        return super().__new__(cls, (0,), np.int64, buffer=NOTHING)
 
     def __setstate__(self, state):
+        if self.base is not NOTHING:
+            raise UnpicklingError("an array that is filled twice")
         _, shape, kind, fortran, content = state
         sizes = type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape)
         if type(kind) is not IntegerType or not sizes or type(content) is not bytes or type(fortran) is not bool:
@@ -96,7 +100,8 @@ class Integers(np.ndarray):
             count *= size
         if len(content) != 8 * count:
             raise UnpicklingError("an array of another size than it says")
-        super().__setstate__((1, shape, np.dtype("int64"), fortran, content))
+        # A copy: numpy writes into the bytes that it is given, which may stand elsewhere in the checkpoint too.
+        super().__setstate__((1, shape, np.dtype("int64"), fortran, bytes(bytearray(content))))
 
     def __reduce_ex__(self, protocol):
         return np.array(self).__reduce_ex__(protocol)

@@ -271,34 +271,44 @@ def test_an_array_that_is_none_is_refused(operations_):
         raise AssertionError(repr(loaded))
 
 
+ELEMENT = int.from_bytes(b"\1" * 8, "little")
+
+
+def bytes_of(length):
+    """So many elements, pickled."""
+    return b"c_codecs\nencode\n" + operations("\1" * 8 * length) + operations("latin1") + b"\x86R"
+
+
 def filled(length, content=None):
-    """The state of an array of so many ones, and the operation that sets it."""
-    content = content or b"c_codecs\nencode\n" + operations("\1" * 8 * length) + operations("latin1") + b"\x86R"
+    """The state of an array of so many elements, and the operation that sets it."""
+    content = content or bytes_of(length)
     return b"(" + operations(1) + operations((length,)) + INT64 + operations(False) + content + b"tb"
 
 
 ARRAY, KEEP_ARRAY = b"h\x4d", b"q\x4d"
-# Made by torch's own functions, these stand on the array's memory.
-SHARING = [
-    b"ctorch._utils\n_rebuild_device_tensor_from_numpy\n(" + ARRAY + b"ctorch\nint64\n" + operations("cpu") + b"\x89tR",
-    b"ctorch\nLongTensor\n" + ARRAY + b"\x85R",
-]
-# An array's first state, set as numpy has it, or by a function of torch's.
-BEGINNINGS = [
-    REBUILT + KEEP_ARRAY + filled(1000),
-    REBUILT + KEEP_ARRAY + filled(1),
-    REBUILT + KEEP_ARRAY + filled(0),
-    b"ctorch._tensor\n_rebuild_from_type_v2\n(cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n)"
-    + filled(1000)[:-1] + b"tR" + KEEP_ARRAY,
-]
+TENSOR, KEEP_TENSOR = b"h\x4e", b"q\x4e"
+# Tensors on the array's memory, by torch's own functions.
+SHARED = {
+    "from_numpy": b"ctorch._utils\n_rebuild_device_tensor_from_numpy\n("
+                  + ARRAY + b"ctorch\nint64\n" + operations("cpu") + b"\x89tR" + KEEP_TENSOR,
+    "LongTensor": b"ctorch\nLongTensor\n" + ARRAY + b"\x85R" + KEEP_TENSOR,
+}
+# How an array gets its first state: as numpy writes it, or by a function of torch's.
+BEGUN = {
+    "large": REBUILT + KEEP_ARRAY + filled(1000),
+    "small": REBUILT + KEEP_ARRAY + filled(1),
+    "empty": REBUILT + KEEP_ARRAY + filled(0),
+    "by torch": b"ctorch._tensor\n_rebuild_from_type_v2\n(cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n)"
+                + filled(1000)[:-1] + b"tR" + KEEP_ARRAY,
+}
 
 
 @checked
-@pytest.mark.parametrize("sharing", SHARING)
-@pytest.mark.parametrize("beginning", BEGINNINGS)
+@pytest.mark.parametrize("sharing", SHARED)
+@pytest.mark.parametrize("beginning", BEGUN)
 def test_an_array_is_filled_once(tmp_path, text, beginning, sharing):
     """At a second time numpy frees the memory that a tensor stands on."""
-    once = [b"]", beginning, b"a", sharing, b"a"]
+    once = [b"]", BEGUN[beginning], b"a", SHARED[sharing], b"a"]
     array, tensor = torch.load(raw_pickle(*once), weights_only=True)
     assert isinstance(array, Integers) and array.tolist() == tensor.tolist()
     twice = raw_pickle(*once, ARRAY, filled(1), b"a")
@@ -311,14 +321,15 @@ def test_an_array_is_filled_once(tmp_path, text, beginning, sharing):
 
 
 @checked
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("sharing", SHARED)
 def test_a_tensor_of_an_array_that_is_filled_later_is_empty(sharing):
     """And stays so; what it stands on is freed by nobody."""
-    later = [b"]", REBUILT, KEEP_ARRAY, b"a", sharing, b"q\x4e", b"a", ARRAY, filled(1000), b"a"]
+    later = [b"]", REBUILT, KEEP_ARRAY, b"a", SHARED[sharing], b"a", ARRAY, filled(1000), b"a"]
     array, tensor, same = torch.load(raw_pickle(*later), weights_only=True)
-    assert array is same and array.tolist() == [1] * 1000 and tensor.tolist() == []
+    assert array is same and array.tolist() == [ELEMENT] * 1000 and tensor.tolist() == []
+    longer = [TENSOR, b"(", TENSOR, operations(0), operations((9,)), operations((1,)), b"tb", b"a"]
     with pytest.raises(RuntimeError, match="not resizable"):
-        torch.load(raw_pickle(*later, b"h\x4e", operations((0, (9,), (1,))).replace(b"(", b"(h\x4e", 1), b"b"), weights_only=True)
+        torch.load(raw_pickle(*later, *longer), weights_only=True)
 
 
 def test_arrays_without_a_state_stand_on_memory_that_is_never_freed():
@@ -329,14 +340,13 @@ def test_arrays_without_a_state_stand_on_memory_that_is_never_freed():
 
 
 @checked
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("sharing", SHARED)
 def test_an_array_has_its_content_to_itself(sharing):
     """numpy itself lets an array write into the bytes that it was made of."""
-    content = b"c_codecs\nencode\n" + operations("\1" * 8000) + operations("latin1") + b"\x86R"
-    made = [b"]", content, b"q\x4c", b"a", REBUILT, filled(1000, b"h\x4c"), b"a", REBUILT, KEEP_ARRAY, filled(1000, b"h\x4c"), b"a"]
-    content, other, array, tensor = torch.load(raw_pickle(*made, sharing, b"a"), weights_only=True)
+    given = [b"]", bytes_of(1000), b"q\x4c", b"a", REBUILT, filled(1000, b"h\x4c"), b"a", REBUILT, KEEP_ARRAY, filled(1000, b"h\x4c"), b"a"]
+    content, other, array, tensor = torch.load(raw_pickle(*given, SHARED[sharing], b"a"), weights_only=True)
     tensor.fill_(7)
-    assert content == b"\1" * 8000 and set(other.tolist()) == {int.from_bytes(b"\1" * 8, "little")}
+    assert content == b"\1" * 8000 and set(other.tolist()) == {ELEMENT}
     del array
     assert set(tensor.tolist()) == {7}
 

@@ -1,8 +1,8 @@
 """Flags of `earm_cross_entropy` that cannot work are refused before any training, in one line."""
 import math
 
-from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, control_of
-from fairseq_earm.ebm.objectives import CONTROLS
+from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig
+from fairseq_earm.ebm.objectives import CONTROLS, control_named
 from fairseq_earm.errors import UsageError
 
 
@@ -63,7 +63,7 @@ def _problems(cfg):
         (cfg.earm_negatives < 1, "--earm-negatives", "give at least 1"),
         (cfg.earm_loss_rows < 0, "--earm-loss-rows", "give a number of tokens, or 0 for all"),
         (
-            cfg.earm_negatives == 1 and cfg.earm_normalizer == "source" and control_of(cfg) not in ("likelihood", "flat"),
+            cfg.earm_negatives == 1 and cfg.earm_normalizer == "source" and control_named(cfg.earm_control) not in ("likelihood", "flat"),
             "--earm-negatives",
             "one negative per source makes every weight 1 under --earm-normalizer source; give at least 2, or use batch",
         ),
@@ -104,7 +104,7 @@ def _problems(cfg):
 
 def _objective_problems(cfg):
     """The same of flags that say what is descended."""
-    control, nce = control_of(cfg), cfg.earm_objective == "nce"
+    control, nce = control_named(cfg.earm_control), cfg.earm_objective == "nce"
     truncates = cfg.earm_sampling_topk != -1 or cfg.earm_sampling_topp != -1 or cfg.earm_sampling_temperature != 1
     needs_score = cfg.earm_objective == "kl" and control in ("none", "noise")
     return [

@@ -10,8 +10,6 @@ from fairseq_earm.ebm.objectives import OBJECTIVES
 
 SAMPLERS = ("ancestral", "generator")
 VARIANCE_REDUCTIONS = ("none", "rao-blackwell", "full")
-# Version 0.1 stored --earm-control as True or False.
-STORED_CONTROLS = {"True": "likelihood", "False": "none", "None": "none"}
 
 
 @dataclass
@@ -124,12 +122,6 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
     max_epoch: int = II("optimization.max_epoch")
     max_update: int = II("optimization.max_update")
     clip_norm: float = II("optimization.clip_norm")
-
-
-def control_of(cfg) -> str:
-    """"none" or one of `CONTROLS`, also where version 0.1 stored True or False."""
-    control = str(cfg.earm_control)
-    return STORED_CONTROLS.get(control, control)
 
 
 def loss_settings(cfg) -> EarmSettings:

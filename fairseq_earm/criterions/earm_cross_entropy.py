@@ -11,7 +11,7 @@ from fairseq.logging import metrics
 
 from fairseq_earm.criterions.all_workers import AllWorkers
 from fairseq_earm.criterions.earm_checks import check_config, check_effect, check_task
-from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, control_of, loss_settings
+from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, loss_settings
 from fairseq_earm.criterions.earm_log import control_values, earm_values, log_entries, reduce_earm_metrics, watch_clipping
 from fairseq_earm.criterions.training_clock import EarmSchedule, NonfiniteGuard, TrainingClock
 from fairseq_earm.ebm import objectives
@@ -40,7 +40,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         self.family = EncoderDecoderFamily(cfg, task) if build_family is None else build_family(cfg)
         check_effect(cfg, self.family.without_effect)
         self.settings = loss_settings(cfg)
-        self.control = control_of(cfg)
+        self.control = objectives.control_named(cfg.earm_control)
         self.objective = objectives.noise if self.control == "noise" else objectives.OBJECTIVES[str(cfg.earm_objective)]
         self.post = self.settings.energy_steps == "post"
         self.state = MeterState()

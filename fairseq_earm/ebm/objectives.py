@@ -101,6 +101,13 @@ def flat(data: Steps, strength: float) -> Tensor:
 
 OBJECTIVES: Dict[str, Callable[[Contrast], EarmLoss]] = {"kl": kl, "nce": nce}
 CONTROLS = ("likelihood", "noise", "flat")
+# Version 0.1 had one control and stored True or False.
+STORED_CONTROLS = {"True": "likelihood", "False": "none", "None": "none"}
+
+
+def control_named(stored: object) -> str:
+    """The control that a setting stands for: "none", or one of `CONTROLS`."""
+    return STORED_CONTROLS.get(str(stored), str(stored))
 
 
 def _logit(steps: Steps, log_z: Tensor, log_ratio: Tensor, groups: Tensor, mask: Tensor, *, sign: int) -> Tensor:

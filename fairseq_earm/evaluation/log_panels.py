@@ -58,7 +58,7 @@ PANELS = (
     Panel(
         "E-ARM loss", "per energy step, without λ", (("earm_loss", "-"),),
         "Positive phase minus negative phase: it has no target value; a jump says that the energies run away. Of a control, its "
-        "likelihood terms.",
+        "own terms.",
     ),
     Panel(
         "Energies", "nats", (("earm_energy_data", "-"), ("earm_energy_negatives", "--")),
@@ -111,8 +111,13 @@ PANELS = (
         "Teacher forcing", "probability", (("teacher_forcing", "-"),), "Of scheduled sampling: how often the decoder reads the data's token.",
     ),
     Panel(
-        "Gradient norm", "before clipping", (("gnorm", "-"),),
-        "A step up where E-ARM enters is expected; growth that does not stop is the beginning of divergence.", log=True,
+        "Gradient norm", "before clipping", (("gnorm", "-"), ("earm_gnorm", "--")),
+        "A step up where E-ARM enters is expected; growth that does not stop is the beginning of divergence. Dashed, under "
+        "--earm-every: of the updates that have E-ARM, whose gradient is that many times as large.", log=True,
+    ),
+    Panel(
+        "Clipped updates with E-ARM", "%", (("earm_clip", "-"),),
+        "Under --earm-every: how often the gradient of an update that has E-ARM was clipped, which shortens E-ARM's part of training.",
     ),
     Panel("Learning rate", "", (("lr", "-"),), "The schedule as it was run."),
     Panel("Skipped updates", "so far", (("earm_skipped_updates", "-"),), "Updates left out because the gradient was not finite."),

@@ -8,6 +8,7 @@ from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 
+from fairseq_earm.ebm.objectives import control_named
 from fairseq_earm.evaluation.page import table
 from fairseq_earm.evaluation.run_folder import Run, best_record, update_seconds, wall_seconds
 from fairseq_earm.evaluation.training_log import EPOCHS, cross_entropy_key, earm_entry, earm_start, validated_kinds
@@ -97,7 +98,8 @@ def _entry(run: Run) -> Optional[str]:
     start = earm_start(run.history)
     if start is None:
         return None
-    what = "control, " if run.setting("earm_control") else ""
+    control = control_named(run.setting("earm_control"))
+    what = "" if control == "none" else f"control ({control}), "
     weight = run.setting("earm_weight")
     what += "" if not isinstance(weight, (int, float)) else f"λ = {weight:g}, "
     entry = earm_entry(run.history)

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import zlib
-from typing import Callable, List, Optional
+from typing import IO, Callable, List, Optional, Set
 
 import numpy as np
 from fairseq.data.indexed_dataset import MMapIndexedDataset, best_fitting_int_dtype
@@ -29,8 +29,9 @@ class StoreWriter:
     """Writes one shard, chunk by chunk; a context in which no other process can write the same.
 
     Each chunk becomes a file of its own in the folder `PATH.parts`, whole or not at all: it is written under another name,
-    synced and renamed, and ends with a checksum. `finish` puts them together. What lies there when the same command is
-    started again is kept, unless it was damaged.
+    synced and renamed, and ends with a checksum, of the settings too. `finish` puts them together. What lies there when the
+    same command is started again is kept, unless it was damaged. Whoever enters the context looks again at what is there:
+    another process may have begun or finished the shard in the meantime.
 
     Args:
         path: --output.
@@ -40,29 +41,34 @@ class StoreWriter:
     Attributes:
         prefix: path of the shard's files without their endings.
         settings: as given.
-        finished: whether the shard was complete, and whole, from the beginning.
+        finished: whether the shard was complete, and whole, at the last look: in the beginning, or on entering the context.
     Raises:
-        UsageError: there are samples made with other settings (names the first), or other files that bear the name; in the
-            context, for all that the file system refuses.
+        UsageError: there are samples made with other settings (names the first), or other files that bear the name, also on
+            entering the context; in the context, for all that the file system refuses.
     """
 
     def __init__(self, path: str, settings: dict, *, checkpoint: str, dictionary_size: int):
         self.prefix = store_settings.shard_prefix(path, settings["num_shards"], settings["shard_id"])
-        self.finished = os.path.exists(f"{self.prefix}.json")
         self.settings = settings
         self._checkpoint = checkpoint
+        self._dictionary_size = dictionary_size
         self._dtype = best_fitting_int_dtype(dictionary_size)
         self._folder = f"{self.prefix}.parts"
         self._whole = set()  # first sequences of parts that were written or checked
         self._spoken_of = []  # names of damaged parts
+        self._look()
+
+    def _look(self) -> None:
+        """See whether the shard is finished, and refuse what was made with other settings or by somebody else."""
+        self.finished = os.path.exists(f"{self.prefix}.json")
         if self.finished:
             record = store_settings.read_record(f"{self.prefix}.json")
             self._check_same(record, f"{self.prefix}.json")
-            store.open_shard(self.prefix, record, dictionary_size)
-        elif not os.path.isdir(self._folder):
-            self._check_name_is_free()
-        elif any(PART.fullmatch(name) for name in os.listdir(self._folder)):
+            store.open_shard(self.prefix, record, self._dictionary_size)
+        elif any(map(PART.fullmatch, self._names())):
             self._check_same(store_settings.read_record(self._inside("settings.json"), store_settings.SETTINGS), self._folder)
+        else:
+            self._check_name_is_free()
 
     def _check_same(self, record: dict, where: str) -> None:
         name = store_settings.first_unequal(record, self.settings)
@@ -82,22 +88,37 @@ class StoreWriter:
 
     def __enter__(self) -> "StoreWriter":
         with self._clear_errors(), contextlib.ExitStack() as stack:
+            stack.enter_context(self._lock())
+            if os.path.exists(f"{self.prefix}.json"):
+                self.remove_parts()  # left by who finished, or made with the lock just now
+            self._look()
+            if not self.finished:
+                self._write("settings.json", lambda file: file.write(_json(self.settings)))
+            self._held = stack.pop_all()
+        return self
+
+    def _lock(self) -> IO:
+        """A file that no other process can lock until it is closed."""
+        while True:
             os.makedirs(self._folder, exist_ok=True)
-            lock = stack.enter_context(open(self._inside("lock"), "w"))
+            lock = open(self._inside("lock"), "w")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                lock.close()
                 raise UsageError(f"--output {self.prefix}: another process is writing it: wait for it, or end it") from None
-            self._write("settings.json", lambda file: file.write(_json(self.settings)))
-            self._held = stack.pop_all()
-        return self
+            if _is_at(lock, self._inside("lock")):
+                return lock
+            lock.close()  # who held it finished and removed it: it keeps nobody out
 
     def __exit__(self, *_) -> None:
         self._held.close()
 
     def missing(self) -> List[int]:
         """First sequence of each chunk that is yet to be drawn. A damaged part counts as none, and is spoken of."""
-        there = set(os.listdir(self._folder)) if os.path.isdir(self._folder) else set()
+        if self.finished:
+            return []
+        there = self._names()
         starts = store_settings.chunk_starts(self.settings)
         self._check([first for first in starts if _part(first) in there and first not in self._whole])
         return [first for first in starts if _part(first) not in there or first not in self._whole]
@@ -108,7 +129,7 @@ class StoreWriter:
         damaged = [_part(first) for first in unchecked if first not in self._whole]
         if damaged and damaged != self._spoken_of:
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-            logger.warning("%s%s: damaged, or of an earlier version; drawn again", self._inside(damaged[0]), more)
+            logger.warning("%s%s: damaged, or of another version or other settings; drawn again", self._inside(damaged[0]), more)
             self._spoken_of = damaged
 
     def chunk(self, first: int) -> range:
@@ -119,11 +140,13 @@ class StoreWriter:
         """Keep the samples of one chunk: (B, N · T) or (B · N, T) tokens in the order of the sequences."""
         data = tokens.cpu().numpy().astype(self._dtype).tobytes()
         with self._clear_errors():
-            self._write(_part(first), lambda file: file.write(data + _checksum(first, data)))
+            self._write(_part(first), lambda file: file.write(data + self._checksum(first, data)))
         self._whole.add(first)
 
     def finish(self) -> None:
-        """Put all parts together. The record is written last, and the parts are removed only then."""
+        """Put all parts together, if no other process did. The record is written last, and the parts are removed only then."""
+        if self.finished:
+            return
         with self._clear_errors():
             checksums = {"bin_crc32": self._merge_parts(), "idx_crc32": self._write_index()}
             os.replace(self._inside("merged.bin"), f"{self.prefix}.bin")
@@ -136,10 +159,9 @@ class StoreWriter:
 
     def remove_parts(self) -> None:
         """Remove what is ours in the folder of parts, and the folder if nothing else is in it."""
-        if not os.path.isdir(self._folder):
-            return
-        for name in filter(OURS.fullmatch, os.listdir(self._folder)):
-            os.remove(self._inside(name))
+        for name in filter(OURS.fullmatch, self._names()):
+            with contextlib.suppress(FileNotFoundError):  # another process removes them too
+                os.remove(self._inside(name))
         with contextlib.suppress(OSError):
             os.rmdir(self._folder)
 
@@ -154,7 +176,12 @@ class StoreWriter:
         except OSError:
             return None
         data = content[:size]
-        return data if content[size:] == _checksum(first, data) else None
+        return data if content[size:] in (self._checksum(first, data), _checksum_of_0_1(first, data)) else None
+
+    def _checksum(self, first: int, data: bytes) -> bytes:
+        """Of a part's data, of its place, and of the settings that it was made with."""
+        made = json.dumps([self.settings, first], sort_keys=True).encode()
+        return zlib.crc32(data, zlib.crc32(made)).to_bytes(CHECKSUM_BYTES, "little")
 
     def _merge_parts(self) -> int:
         """Write `merged.bin`; its CRC-32."""
@@ -195,6 +222,13 @@ class StoreWriter:
         os.replace(f"{path}.tmp", path)
         _sync_folder(self._folder)
 
+    def _names(self) -> Set[str]:
+        """Of the files in the folder of parts; none where it is missing, which another process that finishes may remove."""
+        try:
+            return set(os.listdir(self._folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
     def _inside(self, name: str) -> str:
         return os.path.join(self._folder, name)
 
@@ -213,9 +247,17 @@ def _part(first: int) -> str:
     return f"part-{first}"
 
 
-def _checksum(first: int, data: bytes) -> bytes:
-    """Of a part's data and of its place."""
+def _checksum_of_0_1(first: int, data: bytes) -> bytes:
+    """What version 0.1 wrote, whose unfinished work is gone on with: of a part's data and of its place."""
     return zlib.crc32(data, zlib.crc32(_part(first).encode())).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def _is_at(file: IO, path: str) -> bool:
+    """Whether an open file is still the one that has this path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _json(record: dict) -> bytes:

@@ -9,7 +9,8 @@ import torch
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.logging import metrics
 
-from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, control_of
+from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig
+from fairseq_earm.ebm.objectives import control_named
 from fairseq_earm.errors import UsageError
 from tests.criterions.stubs import NEGATIVES, FixedSampler, batch, build
 from tests.criterions.test_earm_cross_entropy import gradients, numbers
@@ -46,7 +47,7 @@ def test_the_bare_flag_is_the_likelihood_control():
     parser = argparse.ArgumentParser()
     gen_parser_from_dataclass(parser, EarmCrossEntropyConfig())
     given = {"none": [], "likelihood": ["--earm-control", "--earm-weight", "1"], "noise": ["--earm-control", "noise"]}
-    assert {name: control_of(parser.parse_args(words)) for name, words in given.items()} == {name: name for name in given}
+    assert {name: control_named(parser.parse_args(words).earm_control) for name, words in given.items()} == {name: name for name in given}
 
 
 @pytest.mark.parametrize("steps, m", [("all", 1), ("last", 0), ("post", 2)])
