@@ -2,7 +2,6 @@
 
     experiment.py tune CORPUS OUTPUT       every branch at every rate of the grid, seeds 1 and 2
     experiment.py confirm CORPUS OUTPUT    every branch at its best rate by validation data, five fresh seeds
-    experiment.py table [CORPUS ...]       the tables of results/
 
 CORPUS is a name in plan.py. The synthetic language is made on the spot; for multi30k give --data and --base. Each
 finished branch leaves one file in results/CORPUS, and is not run again; so a run that was stopped goes on where it was.
@@ -17,7 +16,7 @@ import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "synthetic"), str(HERE.parents[1])]
@@ -25,6 +24,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "synthetic"), str(HERE.parents[1])]
 import language  # noqa: E402
 from commands import CommandFailed, Runner, generate_command, preprocess_command, train_command  # noqa: E402
 from plan import BRANCHES, CORPORA, Corpus  # noqa: E402
+from worth_verdict import best_rates, finished  # noqa: E402
 
 SPLIT_SEEDS = {"train": 1, "valid": 2, "test": 3}
 HELD_OUT = 400
@@ -101,6 +101,8 @@ class Experiment:
             "--warmup-updates", str(WARMUP), "--total-num-update", updates, "--max-update", updates, f"--finetune-from-model={base}",
         ]
         train = train_command(self.binary(), folder, flags)
+        if BRANCHES[branch].script:
+            train[:1] = ["python", str(HERE / BRANCHES[branch].script)]
         runner.run(train, folder / "train.log")
         found = folder / "measure.json"
         runner.run(self.measure_command(folder, found, branch), folder / "measure.log")
@@ -110,7 +112,10 @@ class Experiment:
             numbers["bleu"] = bleu(folder / "generate.log")
         numbers.update(training_figures(folder / "train.log"), branch=branch, rate=rate, seed=seed, updates=int(updates))
         numbers["flags"] = BRANCHES[branch].flags
-        target.write_text(json.dumps(numbers, indent=1) + "\n")
+        if seed in self.corpus.fresh_seeds:
+            of_sentences = json.loads(found.with_suffix(".sentences.json").read_text())
+            numbers["sentences"] = {key: [round(each, 3) for each in values] for key, values in of_sentences.items()}
+        target.write_text(_one_line_a_key(numbers))
         (folder / "checkpoint_last.pt").unlink()
         (folder / "checkpoint_best.pt").unlink(missing_ok=True)
 
@@ -145,26 +150,22 @@ def training_figures(log: Path) -> dict:
     return {"seconds_per_update": statistics.median(rates), "training_dv": mean("earm_dv"), "gradient_norm": mean("gnorm")}
 
 
-def finished(results: Path) -> List[dict]:
-    """What all branches of a corpus left, one dictionary each."""
-    return [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+def _one_line_a_key(numbers: dict) -> str:
+    """JSON that is read and compared line by line."""
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in numbers.items()) + "\n}\n"
 
 
-def best_rates(corpus: Corpus, results: Path) -> Dict[str, float]:
-    """Of each branch the rate with the lowest joint NLL of validation data, the mean of the tuning seeds.
+def chosen_rates(corpus: Corpus, results: Path, branches: Sequence[str]) -> Dict[str, float]:
+    """The best rate of each branch.
 
     Raises:
         SystemExit: a branch was not tuned.
     """
-    by_rate: Dict[tuple, List[float]] = {}
-    for row in finished(results):
-        if row["seed"] in corpus.tuning_seeds:
-            by_rate.setdefault((row["branch"], row["rate"]), []).append(row["valid_joint_nll"])
-    complete = {key: statistics.mean(found) for key, found in by_rate.items() if len(found) == len(corpus.tuning_seeds)}
-    missing = [name for name in corpus.branches if not any(branch == name for branch, _ in complete)]
+    best = best_rates(corpus, finished(results))
+    missing = [name for name in branches if name not in best]
     if missing:
         raise SystemExit(f"{results.name}: {', '.join(missing)} not tuned yet; run experiment.py tune first")
-    return {name: min((nll, rate) for (branch, rate), nll in complete.items() if branch == name)[1] for name in corpus.branches}
+    return {name: best[name][1] for name in branches}
 
 
 def run(args) -> None:
@@ -176,7 +177,7 @@ def run(args) -> None:
     if args.command == "tune":
         seeds, rates = args.seeds or corpus.tuning_seeds, {branch: args.rates or corpus.rates for branch in branches}
     else:
-        chosen = best_rates(corpus, experiment.results) if not args.rates else dict.fromkeys(branches, args.rates[0])
+        chosen = dict.fromkeys(branches, args.rates[0]) if args.rates else chosen_rates(corpus, experiment.results, branches)
         seeds, rates = args.seeds or corpus.fresh_seeds, {branch: [chosen[branch]] for branch in branches}
     wanted = [(branch, rate) for branch in branches for rate in rates[branch]]
     runner = Runner(sum(3 if experiment.translates(seed) else 2 for seed in seeds) * len(wanted))

@@ -9,6 +9,7 @@ EARM = ["--criterion", "earm_cross_entropy", "--earm-start-epoch", "1", "--earm-
 LAST = ["--earm-energy-steps", "last", "--earm-recent-tokens", "0"]
 POST = ["--earm-energy-steps", "post", "--earm-recent-tokens", "0"]
 OFF = ["--earm-dropout", "off"]
+ROUGH = ["--earm-control", "noise", "--earm-variance-reduction", "none"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class Branch:
         flags: of the criterion.
         energy_step: where log μ is read when the model is judged.
         updates: as a multiple of the other branches'.
+        script: a file beside this one that trains in the place of `fairseq-train`.
     """
 
     flags: List[str]
     energy_step: str = "last"
     updates: float = 1.0
+    script: str = ""
 
 
 def earm(*flags: str, **settings) -> Branch:
@@ -38,17 +41,24 @@ CONTROLS: Dict[str, Branch] = {
     "likelihood": earm("--earm-control", "likelihood"),
     "likelihood, off": earm("--earm-control", "likelihood", *OFF),
     "noise": earm("--earm-control", "noise"),
-    "noise, none": earm("--earm-control", "noise", "--earm-variance-reduction", "none"),
+    "noise, none": earm(*ROUGH),
+    "noise, none, flipped": earm(*ROUGH, script="flipped_noise.py"),
     "noise, off": earm("--earm-control", "noise", *OFF),
     "flat 0.1": earm("--earm-control", "flat", "--earm-control-weight", "0.1"),
     "flat 1": earm("--earm-control", "flat", "--earm-control-weight", "1"),
     "flat 1, off": earm("--earm-control", "flat", "--earm-control-weight", "1", *OFF),
+    "cross-entropy, dropout 0": Branch([*CROSS_ENTROPY, "--dropout", "0"]),
+    "cross-entropy, dropout 0.1": Branch([*CROSS_ENTROPY, "--dropout", "0.1"]),
+    "likelihood, dropout 0": earm("--earm-control", "likelihood", "--dropout", "0"),
+    "noise, none, dropout 0": earm(*ROUGH, "--dropout", "0"),
+    "noise, none, flipped, dropout 0": earm(*ROUGH, "--dropout", "0", script="flipped_noise.py"),
 }
 ENERGIES: Dict[str, Branch] = {
     "kl, none": earm("--earm-variance-reduction", "none"),
     "kl, full": earm(),
     "kl, full, off": earm(*OFF),
     "kl, full, energy-off": earm("--earm-dropout", "energy-off"),
+    "kl, full, dropout 0": earm("--dropout", "0"),
     "kl, full, every 4": earm("--earm-every", "4"),
     "kl, full, replace": earm("--earm-cross-entropy", "replace"),
     "kl, last": earm(*LAST),
@@ -112,6 +122,10 @@ ALWAYS = (
 WITH_DROPOUT = (
     *ALWAYS, "likelihood, off", "noise, off", "flat 1, off", "kl, full, off", "kl, full, energy-off", "nce, off", "kl, full, every 4",
 )
+DROPOUT_TUNED = (
+    *WITH_DROPOUT, "noise, none, flipped", "cross-entropy, dropout 0", "cross-entropy, dropout 0.1", "likelihood, dropout 0",
+    "noise, none, dropout 0", "noise, none, flipped, dropout 0", "kl, full, dropout 0",
+)
 CORPORA: Dict[str, Corpus] = {
     "synthetic-1500-dropout0": synthetic(1_500, 0.0, 1000, 600, ALWAYS),
     "synthetic-1500-dropout0.1": synthetic(1_500, 0.1, 1000, 600, WITH_DROPOUT),
@@ -125,7 +139,7 @@ CORPORA: Dict[str, Corpus] = {
             "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0", "--label-smoothing", "0.1", "--max-tokens",
             "2560", "--required-batch-size-multiple", "1", "--log-interval", "20",
         ],
-        100, (1e-4, 3e-4), WITH_DROPOUT, samples=6, max_len=(1.5, 10),
+        100, (1e-4, 3e-4), DROPOUT_TUNED, samples=6, max_len=(1.5, 10),
         generate=["-s", "de", "-t", "en", "--beam", "5", "--remove-bpe", "--required-batch-size-multiple", "1"],
     ),
 }

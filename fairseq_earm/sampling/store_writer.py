@@ -29,9 +29,9 @@ class StoreWriter:
     """Writes one shard, chunk by chunk; a context in which no other process can write the same.
 
     Each chunk becomes a file of its own in the folder `PATH.parts`, whole or not at all: it is written under another name,
-    synced and renamed, and ends with a checksum, of the settings too. `finish` puts them together. What lies there when the
-    same command is started again is kept, unless it was damaged. Whoever enters the context looks again at what is there:
-    another process may have begun or finished the shard in the meantime.
+    synced and renamed, and ends with a checksum that covers the settings. `finish` puts them together. What lies there when
+    the same command is started again is kept, unless it was damaged. The context looks again at what is there, under its
+    lock: another process may have begun or finished the shard in the meantime.
 
     Args:
         path: --output.
@@ -41,10 +41,10 @@ class StoreWriter:
     Attributes:
         prefix: path of the shard's files without their endings.
         settings: as given.
-        finished: whether the shard was complete, and whole, at the last look: in the beginning, or on entering the context.
+        finished: whether the shard was complete, and whole, from the beginning, or when the context was entered.
     Raises:
-        UsageError: there are samples made with other settings (names the first), or other files that bear the name, also on
-            entering the context; in the context, for all that the file system refuses.
+        UsageError: there are samples made with other settings (names the first), or other files that bear the name, from
+            the beginning or when the context is entered; in the context, for all that the file system refuses.
     """
 
     def __init__(self, path: str, settings: dict, *, checkpoint: str, dictionary_size: int):
@@ -90,7 +90,7 @@ class StoreWriter:
         with self._clear_errors(), contextlib.ExitStack() as stack:
             stack.enter_context(self._lock())
             if os.path.exists(f"{self.prefix}.json"):
-                self.remove_parts()  # left by who finished, or made with the lock just now
+                self.remove_parts()  # another process finished; without it the lock's own folder would stay
             self._look()
             if not self.finished:
                 self._write("settings.json", lambda file: file.write(_json(self.settings)))
@@ -129,7 +129,9 @@ class StoreWriter:
         damaged = [_part(first) for first in unchecked if first not in self._whole]
         if damaged and damaged != self._spoken_of:
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-            logger.warning("%s%s: damaged, or of another version or other settings; drawn again", self._inside(damaged[0]), more)
+            logger.warning(
+                "%s%s: damaged, or of other settings or another version; drawn again", self._inside(damaged[0]), more
+            )
             self._spoken_of = damaged
 
     def chunk(self, first: int) -> range:
@@ -144,7 +146,7 @@ class StoreWriter:
         self._whole.add(first)
 
     def finish(self) -> None:
-        """Put all parts together, if no other process did. The record is written last, and the parts are removed only then."""
+        """Put all parts together, if no other process did. The record is written last; only then the parts are removed."""
         if self.finished:
             return
         with self._clear_errors():
@@ -223,7 +225,7 @@ class StoreWriter:
         _sync_folder(self._folder)
 
     def _names(self) -> Set[str]:
-        """Of the files in the folder of parts; none where it is missing, which another process that finishes may remove."""
+        """Of the files in the folder of parts; none where the folder is missing: who finishes removes it."""
         try:
             return set(os.listdir(self._folder))
         except (FileNotFoundError, NotADirectoryError):

@@ -117,7 +117,7 @@ def test_a_damaged_part_is_drawn_again_and_spoken_of_once(world, finished, tmp_p
     assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
     assert files(tmp_path / "test") == files(finished)
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"{part}: damaged, or of another version or other settings; drawn again"]
+    assert said == [f"{part}: damaged, or of other settings or another version; drawn again"]
 
 
 def test_all_damaged_parts_are_one_line(world, finished, tmp_path, caplog):
@@ -265,9 +265,9 @@ def test_a_folder_of_parts_that_is_removed_meanwhile_is_none(world, tmp_path, mo
     writer.remove_parts()
 
 
-@pytest.mark.parametrize("name", [name for name in OTHER if name not in ("samples", "prefix_length", "sequence_length")])
+@pytest.mark.parametrize("name", sorted(set(OTHER) - {"samples", "prefix_length", "sequence_length"}))
 def test_a_part_of_other_settings_is_drawn_again(world, finished, tmp_path, name, caplog):
-    """Where a folder says that it has one kind of samples, and a part of another kind, of the same size, came into it."""
+    """A part of the same size came into a folder that says what it has."""
     write(world, tmp_path / "test", 3)
     part = tmp_path / "test.parts" / "part-3"
     with writer_of(world, tmp_path / "other", **{name: OTHER[name]}) as other:
@@ -277,7 +277,7 @@ def test_a_part_of_other_settings_is_drawn_again(world, finished, tmp_path, name
     assert write(world, tmp_path / "test") == len(chunk_starts(world.settings)) - 2
     assert files(tmp_path / "test") == files(finished)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{part}: damaged, or of another version or other settings; drawn again"
+        f"{part}: damaged, or of other settings or another version; drawn again"
     ]
 
 
