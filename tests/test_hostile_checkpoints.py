@@ -344,8 +344,9 @@ def test_arrays_without_a_state_stand_on_memory_that_is_never_freed():
 def test_an_array_has_its_content_to_itself(sharing):
     """numpy itself lets an array write into the bytes that it was made of."""
     state = filled(1000, b"h\x4c")
-    given = [b"]", bytes_of(1000), b"q\x4c", b"a", REBUILT, state, b"a", REBUILT, KEEP_ARRAY, state, b"a", SHARED[sharing], b"a"]
-    content, other, array, tensor = torch.load(raw_pickle(*given), weights_only=True)
+    arrays = [REBUILT, state, b"a", REBUILT, KEEP_ARRAY, state, b"a"]
+    given = raw_pickle(b"]", bytes_of(1000), b"q\x4c", b"a", *arrays, SHARED[sharing], b"a")
+    content, other, array, tensor = torch.load(given, weights_only=True)
     tensor.fill_(7)
     assert content == b"\1" * 8000 and set(other.tolist()) == {ELEMENT}
     del array

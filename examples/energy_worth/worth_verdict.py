@@ -17,7 +17,7 @@ from tabulate import tabulate
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from plan import BRANCHES, CONTROLS, CORPORA, Corpus  # noqa: E402
+from worth_plan import BRANCHES, CONTROLS, CORPORA, Corpus  # noqa: E402
 
 
 class Difference(NamedTuple):

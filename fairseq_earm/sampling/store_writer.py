@@ -29,9 +29,9 @@ class StoreWriter:
     """Writes one shard, chunk by chunk; a context in which no other process can write the same.
 
     Each chunk becomes a file of its own in the folder `PATH.parts`, whole or not at all: it is written under another name,
-    synced and renamed, and ends with a checksum that covers the settings. `finish` puts them together. What lies there when
-    the same command is started again is kept, unless it was damaged. The context looks again at what is there, under its
-    lock: another process may have begun or finished the shard in the meantime.
+    synced and renamed, and ends with a checksum that covers the settings. `finish` puts them together. What lies there
+    when the same command is started again is kept, unless it was damaged. The context looks again at what is there, under
+    its lock: another process may have begun or finished the shard in the meantime.
 
     Args:
         path: --output.
@@ -43,8 +43,8 @@ class StoreWriter:
         settings: as given.
         finished: whether the shard was complete, and whole, from the beginning, or when the context was entered.
     Raises:
-        UsageError: there are samples made with other settings (names the first), or other files that bear the name, from
-            the beginning or when the context is entered; in the context, for all that the file system refuses.
+        UsageError: there are samples made with other settings (names the first), or other files that bear the name,
+            from the beginning or when the context is entered; in the context, for all that the file system refuses.
     """
 
     def __init__(self, path: str, settings: dict, *, checkpoint: str, dictionary_size: int):
@@ -60,12 +60,13 @@ class StoreWriter:
 
     def _look(self) -> None:
         """See whether the shard is finished, and refuse what was made with other settings or by somebody else."""
+        names = self._names()  # before the record, which another process writes before it removes them
         self.finished = os.path.exists(f"{self.prefix}.json")
         if self.finished:
             record = store_settings.read_record(f"{self.prefix}.json")
             self._check_same(record, f"{self.prefix}.json")
             store.open_shard(self.prefix, record, self._dictionary_size)
-        elif any(map(PART.fullmatch, self._names())):
+        elif any(map(PART.fullmatch, names)):
             self._check_same(store_settings.read_record(self._inside("settings.json"), store_settings.SETTINGS), self._folder)
         else:
             self._check_name_is_free()
@@ -146,7 +147,7 @@ class StoreWriter:
         self._whole.add(first)
 
     def finish(self) -> None:
-        """Put all parts together, if no other process did. The record is written last; only then the parts are removed."""
+        """Put all parts together, if no other process did. The record is written last, and then the parts are removed."""
         if self.finished:
             return
         with self._clear_errors():

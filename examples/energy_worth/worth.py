@@ -1,9 +1,9 @@
 """What the energy of E-ARM is worth: branches from one base, each with its rate chosen on two seeds and judged on five others.
 
-    experiment.py tune CORPUS OUTPUT       every branch at every rate of the grid, seeds 1 and 2
-    experiment.py confirm CORPUS OUTPUT    every branch at its best rate by validation data, five fresh seeds
+    worth.py tune CORPUS OUTPUT       every branch at every rate of the grid, seeds 1 and 2
+    worth.py confirm CORPUS OUTPUT    every branch at its best rate by validation data, five fresh seeds
 
-CORPUS is a name in plan.py. The synthetic language is made on the spot; for multi30k give --data and --base. Each
+CORPUS is a name in worth_plan.py. The synthetic language is made on the spot; for multi30k give --data and --base. Each
 finished branch leaves one file in results/CORPUS, and is not run again; so a run that was stopped goes on where it was.
 OUTPUT holds data, checkpoints and logs.
 """
@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "synthetic"), str(HERE.parents[1])]
 
 import language  # noqa: E402
 from commands import CommandFailed, Runner, generate_command, preprocess_command, train_command  # noqa: E402
-from plan import BRANCHES, CORPORA, Corpus  # noqa: E402
+from worth_plan import BRANCHES, CORPORA, Corpus  # noqa: E402
 from worth_verdict import best_rates, finished  # noqa: E402
 
 SPLIT_SEEDS = {"train": 1, "valid": 2, "test": 3}
@@ -164,7 +164,7 @@ def chosen_rates(corpus: Corpus, results: Path, branches: Sequence[str]) -> Dict
     best = best_rates(corpus, finished(results))
     missing = [name for name in branches if name not in best]
     if missing:
-        raise SystemExit(f"{results.name}: {', '.join(missing)} not tuned yet; run experiment.py tune first")
+        raise SystemExit(f"{results.name}: {', '.join(missing)} not tuned yet; run worth.py tune first")
     return {name: best[name][1] for name in branches}
 
 
