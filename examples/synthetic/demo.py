@@ -1,4 +1,4 @@
-"""E-ARM against cross-entropy and against its control on a language whose distribution is known.
+"""E-ARM against cross-entropy and against its controls on a language whose distribution is known.
 
 Trains a base model per seed, continues it in several branches, generates, measures, and says what the numbers support.
 About six minutes on two cores. `--tune` instead tries each branch's learning rate on a grid.
@@ -166,12 +166,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for everything that is written")
     parser.add_argument("--quick", action="store_true", help="a few updates and sentences: checks that all parts work")
-    parser.add_argument("--paper", action="store_true", help="also run E-ARM in the paper's setting, and its control")
+    parser.add_argument("--all", action="store_true", help="also run E-ARM without variance reduction, and on the last step alone")
     parser.add_argument("--tune", action="store_true", help="try learning rates on a grid instead, and print the table")
     args = parser.parse_args(arguments)
     size = settings.QUICK if args.quick else settings.FULL
     started = time.perf_counter()
-    if args.paper:
+    if args.all:
         size = size._replace(branches=tuple(settings.BRANCHES))
     if args.output.exists() and any(args.output.iterdir()) and not (args.output / LOG).exists():
         parser.error(f"{args.output} holds files that are no demonstration's; name another folder with --output")

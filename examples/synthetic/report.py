@@ -162,7 +162,7 @@ def draw(output: Path, size: settings.Size) -> List[Path]:
     base = {"base": [f / "train.log" for f in folders["base"]]}
     curves.training_curves(base, [("train_inner", "loss", "training loss (bits per token)"), valid], files[1], "Base models")
     energies = {title: (m["energies_data"], m["energies_samples"]) for title, m in first.items()}
-    shown = ["base", *(settings.BRANCHES[key].title for key in size.branches if settings.BRANCHES[key].control)]
+    shown = ["base", *(settings.BRANCHES[key].title for key in size.branches if settings.BRANCHES[key].controls)]
     plots.energy_histograms({t: energies[t] for t in shown}, files[2], f"Energies on test data, seed {size.seeds[0]}")
     shares = {title: m["ess_share"] for title, m in first.items()}
     plots.effective_sample_sizes(shares, size.samples, files[3], "Weights of samples")

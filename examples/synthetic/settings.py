@@ -51,7 +51,7 @@ class Branch(NamedTuple):
         learning_rate: the peak, tuned by `demo.py --tune`; it then falls linearly to zero.
         flags: of the criterion.
         energy_step: where log μ is read when the model is judged or reranks.
-        control: name of the branch that has the same likelihood terms without energy, "" for none.
+        controls: names of the branches that it is judged against: they have everything of it but the energy.
         reranks: whether its energy is also used to rerank and resample.
         time_factor: updates as a multiple of the other branches', for the row that has E-ARM's time instead of its updates.
     """
@@ -60,29 +60,30 @@ class Branch(NamedTuple):
     learning_rate: float
     flags: List[str]
     energy_step: str = "last"
-    control: str = ""
+    controls: Tuple[str, ...] = ()
     reranks: bool = False
     time_factor: float = 1.0
 
 
 EARM = ["--criterion", "earm_cross_entropy", "--earm-start-epoch", "1", "--earm-weight", "1"]
 LAST = [*EARM, "--earm-energy-steps", "last", "--earm-recent-tokens", "0"]
-PAPER = [*EARM, "--earm-energy-steps", "all", "--earm-recent-tokens", "2", "--earm-variance-reduction", "none"]
 
 BRANCHES: Dict[str, Branch] = {
     "ce": Branch("cross-entropy", 1e-3, CROSS_ENTROPY),
     "ce-time": Branch("cross-entropy, E-ARM's time", 1e-3, CROSS_ENTROPY, time_factor=2.5),
-    "control": Branch("control", 1e-3, [*LAST, "--earm-control"], reranks=True),
-    "earm": Branch("E-ARM", 1e-3, LAST, control="control", reranks=True),
-    "control-paper": Branch("control, paper's setting", 1e-3, [*PAPER, "--earm-control"], reranks=True),
-    "earm-paper": Branch("E-ARM, paper's setting", 1e-3, PAPER, control="control-paper", reranks=True),
+    "control": Branch("control, likelihood", 1e-3, [*EARM, "--earm-control", "likelihood"], reranks=True),
+    "noise": Branch("control, noise", 1e-3, [*EARM, "--earm-control", "noise"]),
+    "earm": Branch("E-ARM", 1e-3, EARM, controls=("control", "noise"), reranks=True),
+    "earm-none": Branch("E-ARM, Eq. 15 as printed", 1e-3, [*EARM, "--earm-variance-reduction", "none"], controls=("control", "noise"), reranks=True),
+    "control-last": Branch("control, last step", 1e-3, [*LAST, "--earm-control", "likelihood"], reranks=True),
+    "earm-last": Branch("E-ARM, last step", 1e-3, LAST, controls=("control-last",), reranks=True),
 }
-# What `make demo` runs; --paper adds the paper's setting and its control.
-BRANCHES_SHOWN = ("ce", "ce-time", "control", "earm")
+# What `make demo` runs; --all adds E-ARM with all of its noise, and on the last step alone.
+BRANCHES_SHOWN = ("ce", "ce-time", "control", "noise", "earm")
 
 FULL = Size(20_000, 400, 400, 1500, 300, 50, 25, (1, 2, 3), 8, 8, BRANCHES_SHOWN)
 QUICK = Size(300, 30, 30, 12, 4, 2, 1, (1,), 4, 2, BRANCHES_SHOWN)
-TUNED_BRANCHES = ["ce", "control", "earm", "control-paper", "earm-paper"]
+TUNED_BRANCHES = [name for name in BRANCHES if name != "ce-time"]
 GRID = [3e-4, 1e-3, 3e-3]
 
 

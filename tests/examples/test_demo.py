@@ -90,8 +90,9 @@ def test_folder_of_someone_else_is_left_alone(tmp_path):
 def fake_results(earm, control, dv=0.1):
     """Results of three seeds in which every metric of a model has the same values."""
     keys = {metric.key for metric in report.METRICS} | {"joint_gain"}
-    values = {"base": [5.0] * 3, "ce": [4.0, 4.1, 4.2], "ce-time": control, "control": control, "earm": earm}
+    values = {"base": [5.0] * 3, "ce": [4.0, 4.1, 4.2], "ce-time": control, "control": control, "noise": control, "earm": earm}
     results = {name: {key: list(v) for key in keys} for name, v in values.items()}
+    del results["noise"]["bleu_reranked"]
     for key in ("dv", "dv_per_source"):
         results["earm"][key] = [dv, dv + 0.01, dv + 0.02]
     return results
@@ -99,6 +100,13 @@ def fake_results(earm, control, dv=0.1):
 
 def kl_line(lines):
     return next(line for line in lines if "KL of q to the truth" in line)
+
+
+def test_verdict_judges_against_each_control():
+    lines = verdict.verdicts(fake_results([2.9, 3.41, 3.9], [3.0, 3.5, 4.0]))
+    assert [lines.count(f"E-ARM minus {name}:") for name in ("control, likelihood", "control, noise")] == [1, 1]
+    assert sum("KL of q to the truth" in line for line in lines) == 4  # each control, equal time, for proportion
+    assert sum("BLEU reranked" in line for line in lines) == 1
 
 
 def test_verdict_tells_a_clear_difference_from_noise():
