@@ -125,9 +125,10 @@ def whole(tiny, tmp_path_factory):
         return train(tiny, tmp_path_factory.mktemp("whole"), *EARM, *IN_ORDER, "--batch-size", 64)
 
 
-@pytest.mark.parametrize(
-    "flags", ["c10d", "c10d --earm-loss-rows 8", "no_c10d --earm-loss-rows 8", "c10d --earm-dropout off", "no_c10d --earm-dropout off"]
-)
+@pytest.mark.parametrize("flags", [
+    "c10d", "c10d --earm-loss-rows 8", "no_c10d --earm-loss-rows 8", "c10d --earm-dropout off",
+    "no_c10d --earm-dropout off",
+])
 def test_two_workers_are_one_with_twice_the_batch(tiny, whole, tmp_path, flags):
     flags = flags.split()
     unused = ["--find-unused-parameters"] if flags[0] == "c10d" and has_unused_weights(tiny.a) else []

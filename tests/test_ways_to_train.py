@@ -1,4 +1,5 @@
-"""Objectives, controls and E-ARM in every N-th update through `fairseq-train`: logged, resumed, and read from version 0.1."""
+"""Objectives, controls and every N-th update through `fairseq-train`: logged, resumed, read from version 0.1."""
+
 import pytest
 import torch
 
@@ -31,7 +32,18 @@ def test_each_trains_in_its_own_way(runs, way):
 
 
 # Five updates an epoch; a stop falls on an update with E-ARM and on one without, and within an accumulation of batches.
-EVERY = ["--batch-size", 48, "--update-freq", 2, "--earm-start-epoch", 2, "--earm-every", 2, "--earm-normalizer-ema", 0.9]
+EVERY = [
+    "--batch-size",
+    48,
+    "--update-freq",
+    2,
+    "--earm-start-epoch",
+    2,
+    "--earm-every",
+    2,
+    "--earm-normalizer-ema",
+    0.9,
+]
 EVERY += ["--earm-warmup-updates", 6, "--earm-dropout", "off", "--task", "earm_translation"]
 
 
@@ -50,7 +62,14 @@ def of_version_0_1(path, control: bool):
     """Make a checkpoint what version 0.1 would have saved: a flag of True or False, and none of today's others."""
     state = torch.load(path, weights_only=False)
     criterion = state["cfg"]["criterion"]
-    for name in ("earm_every", "earm_objective", "earm_cross_entropy", "earm_dropout", "earm_control_weight", "clip_norm"):
+    for name in (
+        "earm_every",
+        "earm_objective",
+        "earm_cross_entropy",
+        "earm_dropout",
+        "earm_control_weight",
+        "clip_norm",
+    ):
         del criterion[name]
     criterion["earm_control"], criterion["earm_variance_reduction"] = control, "rao-blackwell"
     torch.save(state, path)
@@ -64,7 +83,19 @@ def test_a_control_of_version_0_1_is_validated_and_resumed(tiny, tmp_path, contr
     train(tiny, tmp_path / "old", *older, "--max-update", 2)
     saved = tmp_path / "old" / "checkpoint_last.pt"
     of_version_0_1(saved, control)
-    command("validate", tiny.data, "--path", saved, "--task", "translation", "--valid-subset", "valid", "--batch-size", 8, "--cpu")
+    command(
+        "validate",
+        tiny.data,
+        "--path",
+        saved,
+        "--task",
+        "translation",
+        "--valid-subset",
+        "valid",
+        "--batch-size",
+        8,
+        "--cpu",
+    )
     resumed = train(tiny, tmp_path / "old", *older, "--max-update", 4)
     assert same_state(resumed.checkpoint(), whole.checkpoint())
     keys = {"earm_loss"} if control else KEYS

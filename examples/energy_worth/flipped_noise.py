@@ -1,8 +1,9 @@
 """`fairseq-train` with the noise control's noise turned round: `flipped_noise.py TRAIN_ARGUMENTS`.
 
-Noise of mean zero does the same with either sign; a bias does the opposite. Its likelihood stays, so that the loss is twice
-the likelihood less the noise control's loss.
+Noise of mean zero does the same with either sign; a bias does the opposite. Its likelihood stays, so that the loss is
+twice the likelihood less the noise control's loss.
 """
+
 from __future__ import annotations
 
 import sys

@@ -1,8 +1,9 @@
 """Measure one checkpoint of a branch: `measure_branch.py DATA CHECKPOINT OUTPUT.json`.
 
-OUTPUT.json gets the numbers of `likelihood.summarize`; beside it, OUTPUT.sentences.json holds NLL and joint NLL of every
-test sentence, for intervals over sentences.
+OUTPUT.json gets the numbers of `likelihood.summarize`; beside it, OUTPUT.sentences.json holds NLL and joint NLL of
+every test sentence, for intervals over sentences.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -47,9 +48,13 @@ def cli_main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="samples per source sentence")
     parser.add_argument("--energy-step", choices=["last", "post"], default="last")
     parser.add_argument("--max-len", nargs=2, type=float, default=(1.5, 10), help="a and b of the longest sample")
-    parser.add_argument("--synthetic", action="store_true", help="also measure against the synthetic language's distribution")
+    parser.add_argument(
+        "--synthetic", action="store_true", help="also measure against the synthetic language's distribution"
+    )
     args = parser.parse_args()
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([args.checkpoint], arg_overrides={"data": args.data})
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [args.checkpoint], arg_overrides={"data": args.data}
+    )
     valid, test = (score(models, task, split, args) for split in ("valid", "test"))
     numbers = summarize(valid, test)
     if args.synthetic:

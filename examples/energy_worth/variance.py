@@ -3,10 +3,12 @@
     variance.py DATA CHECKPOINT OUTPUT.json [--batches 24] [--draws 2] [--max-tokens 1000]
     variance.py table OUTPUT.json ...
 
-For each setting the gradient of its loss alone is computed on the same training batches, with fresh negatives and dropout
-each time. Two figures come out, as shares of the variance of cross-entropy's gradient over batches: the variance over
-batches, negatives and dropout; and the part that is left when the batch is held fixed. The loss is per token of the batch.
+For each setting the gradient of its loss alone is computed on the same training batches, with fresh negatives and
+dropout each time. Two figures come out, as shares of the variance of cross-entropy's gradient over batches: the
+variance over batches, negatives and dropout; and the part that is left when the batch is held fixed. The loss is per
+token of the batch.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -58,13 +60,18 @@ def variances(draws: List[List[torch.Tensor]]) -> dict:
     mean = sum(sum(batch) for batch in draws) / sum(map(len, draws))
     first = [batch[0] for batch in draws]
     total = sum((each - mean).square().sum().item() for each in first) / (len(first) - 1)
-    within = [sum((each - sum(batch) / len(batch)).square().sum().item() for each in batch) / (len(batch) - 1) for batch in draws]
+    within = [
+        sum((each - sum(batch) / len(batch)).square().sum().item() for each in batch) / (len(batch) - 1)
+        for batch in draws
+    ]
     return {"total": total, "within": sum(within) / len(within), "mean_norm": mean.norm().item()}
 
 
 def measure(args) -> None:
     """Variances of every setting, written after each."""
-    [model], saved, task = checkpoint_utils.load_model_ensemble_and_task([str(args.checkpoint)], arg_overrides={"data": str(args.data)})
+    [model], saved, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(args.checkpoint)], arg_overrides={"data": str(args.data)}
+    )
     model.train()
     task.load_dataset("train")
     iterator = task.get_batch_iterator(task.dataset("train"), max_tokens=args.max_tokens, seed=1, epoch=1)
@@ -79,10 +86,15 @@ def measure(args) -> None:
                 continue  # text cut into blocks has no last step of its own
             common = {"earm_start_update": 0, "sentence_avg": False, "max_epoch": 0, "max_update": 0, "clip_norm": 0.0}
             criterion = task.build_criterion(
-                OmegaConf.create({"_name": "earm_cross_entropy", "label_smoothing": smoothing, **common, **flags, **extra})
+                OmegaConf.create(
+                    {"_name": "earm_cross_entropy", "label_smoothing": smoothing, **common, **flags, **extra}
+                )
             )
             progress = tqdm(batches, desc=f"{name}, {dropout}")
-            draws = [[gradient(criterion, model, batch, 1000 * i + k) for k in range(args.draws)] for i, batch in enumerate(progress)]
+            draws = [
+                [gradient(criterion, model, batch, 1000 * i + k) for k in range(args.draws)]
+                for i, batch in enumerate(progress)
+            ]
             found[f"{name} | {dropout}"] = variances(draws)
             args.output.write_text(json.dumps(found, indent=1) + "\n")
     table([args.output])
@@ -98,7 +110,10 @@ def table(outputs: List[Path]) -> None:
             for key, each in found.items()
         ]
         headers = ["loss alone", "", "variance", "of which within a batch", "norm of the mean"]
-        print(f"{output.stem}: shares of the variance of cross-entropy's gradient\n\n{tabulate(rows, headers, tablefmt='pipe')}\n")
+        print(
+            f"{output.stem}: shares of the variance of cross-entropy's "
+            f"gradient\n\n{tabulate(rows, headers, tablefmt='pipe')}\n"
+        )
 
 
 def main() -> None:

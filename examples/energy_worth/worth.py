@@ -1,4 +1,5 @@
-"""What the energy of E-ARM is worth: branches from one base, each with its rate chosen on two seeds and judged on five others.
+"""What the energy of E-ARM is worth: branches from one base, each with its rate chosen on two seeds and judged on five
+others.
 
     worth.py tune CORPUS OUTPUT       every branch at every rate of the grid, seeds 1 and 2
     worth.py confirm CORPUS OUTPUT    every branch at its best rate by validation data, five fresh seeds
@@ -7,6 +8,7 @@ CORPUS is a name in worth_plan.py. The synthetic language is made on the spot; f
 finished branch leaves one file in results/CORPUS, and is not run again; so a run that was stopped goes on where it was.
 OUTPUT holds data, checkpoints and logs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -97,8 +99,21 @@ class Experiment:
         for left_over in folder.glob("checkpoint*.pt"):
             left_over.unlink()  # of a run that was stopped, which would go on without its optimizer's state
         flags = [
-            *self.corpus.flags, *BRANCHES[branch].flags, "--seed", str(seed), "--lr", str(rate), "--lr-scheduler", "polynomial_decay",
-            "--warmup-updates", str(WARMUP), "--total-num-update", updates, "--max-update", updates, f"--finetune-from-model={base}",
+            *self.corpus.flags,
+            *BRANCHES[branch].flags,
+            "--seed",
+            str(seed),
+            "--lr",
+            str(rate),
+            "--lr-scheduler",
+            "polynomial_decay",
+            "--warmup-updates",
+            str(WARMUP),
+            "--total-num-update",
+            updates,
+            "--max-update",
+            updates,
+            f"--finetune-from-model={base}",
         ]
         train = train_command(self.binary(), folder, flags)
         if BRANCHES[branch].script:
@@ -108,9 +123,14 @@ class Experiment:
         runner.run(self.measure_command(folder, found, branch), folder / "measure.log")
         numbers = json.loads(found.read_text())
         if self.translates(seed):
-            runner.run(generate_command(self.binary(), folder / "checkpoint_last.pt", self.corpus.generate), folder / "generate.log")
+            runner.run(
+                generate_command(self.binary(), folder / "checkpoint_last.pt", self.corpus.generate),
+                folder / "generate.log",
+            )
             numbers["bleu"] = bleu(folder / "generate.log")
-        numbers.update(training_figures(folder / "train.log"), branch=branch, rate=rate, seed=seed, updates=int(updates))
+        numbers.update(
+            training_figures(folder / "train.log"), branch=branch, rate=rate, seed=seed, updates=int(updates)
+        )
         numbers["flags"] = BRANCHES[branch].flags
         if seed in self.corpus.fresh_seeds:
             of_sentences = json.loads(found.with_suffix(".sentences.json").read_text())
@@ -122,8 +142,18 @@ class Experiment:
     def measure_command(self, folder: Path, found: Path, branch: str) -> List[str]:
         a, b = self.corpus.max_len
         return [
-            "python", str(HERE / "measure_branch.py"), str(self.binary()), str(folder / "checkpoint_last.pt"), str(found),
-            "--samples", str(self.corpus.samples), "--energy-step", BRANCHES[branch].energy_step, "--max-len", str(a), str(b),
+            "python",
+            str(HERE / "measure_branch.py"),
+            str(self.binary()),
+            str(folder / "checkpoint_last.pt"),
+            str(found),
+            "--samples",
+            str(self.corpus.samples),
+            "--energy-step",
+            BRANCHES[branch].energy_step,
+            "--max-len",
+            str(a),
+            str(b),
             *(["--synthetic"] if self.corpus.pairs else []),
         ]
 
@@ -147,7 +177,11 @@ def training_figures(log: Path) -> dict:
         return statistics.mean(values) if values else None
 
     rates = [1 / record["ups"] for record in inner if record.get("ups")]
-    return {"seconds_per_update": statistics.median(rates), "training_dv": mean("earm_dv"), "gradient_norm": mean("gnorm")}
+    return {
+        "seconds_per_update": statistics.median(rates),
+        "training_dv": mean("earm_dv"),
+        "gradient_norm": mean("gnorm"),
+    }
 
 
 def _one_line_a_key(numbers: dict) -> str:
@@ -177,7 +211,9 @@ def run(args) -> None:
     if args.command == "tune":
         seeds, rates = args.seeds or corpus.tuning_seeds, {branch: args.rates or corpus.rates for branch in branches}
     else:
-        chosen = dict.fromkeys(branches, args.rates[0]) if args.rates else chosen_rates(corpus, experiment.results, branches)
+        chosen = (
+            dict.fromkeys(branches, args.rates[0]) if args.rates else chosen_rates(corpus, experiment.results, branches)
+        )
         seeds, rates = args.seeds or corpus.fresh_seeds, {branch: [chosen[branch]] for branch in branches}
     wanted = [(branch, rate) for branch in branches for rate in rates[branch]]
     runner = Runner(sum(3 if experiment.translates(seed) else 2 for seed in seeds) * len(wanted))
@@ -201,7 +237,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
         one.add_argument("corpus", choices=list(CORPORA))
         one.add_argument("output", type=Path)
         one.add_argument("--data", type=Path, help="binary data, where the corpus is not made on the spot")
-        one.add_argument("--base", type=Path, help="checkpoint that all branches start from, where none is trained for each seed")
+        one.add_argument(
+            "--base", type=Path, help="checkpoint that all branches start from, where none is trained for each seed"
+        )
         one.add_argument("--branches", nargs="+", choices=list(BRANCHES), help="default: all of the corpus")
         one.add_argument("--rates", nargs="+", type=float, help="default: the grid of the corpus, or the best of it")
         one.add_argument("--seeds", nargs="+", type=int, help="default: those of the corpus")

@@ -1,15 +1,16 @@
 """Every corpus, base, branch, rate and number of seeds of the experiment. How they were chosen: README.md."""
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Dict, List, Tuple
 
-CROSS_ENTROPY = ["--criterion", "label_smoothed_cross_entropy"]
-EARM = ["--criterion", "earm_cross_entropy", "--earm-start-epoch", "1", "--earm-weight", "1"]
-LAST = ["--earm-energy-steps", "last", "--earm-recent-tokens", "0"]
-POST = ["--earm-energy-steps", "post", "--earm-recent-tokens", "0"]
-OFF = ["--earm-dropout", "off"]
-ROUGH = ["--earm-control", "noise", "--earm-variance-reduction", "none"]
+CROSS_ENTROPY = shlex.split("--criterion label_smoothed_cross_entropy")
+EARM = shlex.split("--criterion earm_cross_entropy --earm-start-epoch 1 --earm-weight 1")
+LAST = shlex.split("--earm-energy-steps last --earm-recent-tokens 0")
+POST = shlex.split("--earm-energy-steps post --earm-recent-tokens 0")
+OFF = shlex.split("--earm-dropout off")
+ROUGH = shlex.split("--earm-control noise --earm-variance-reduction none")
 
 
 @dataclass(frozen=True)
@@ -102,44 +103,44 @@ class Corpus:
 
 def synthetic(pairs: int, dropout: float, base_updates: int, updates: int, branches) -> Corpus:
     """The language of examples/synthetic, whose distribution is known."""
-    size = ["64", "128", "4"]
     sides = [
-        word for side in ("encoder", "decoder")
-        for word in (f"--{side}-layers", "1", f"--{side}-embed-dim", size[0], f"--{side}-ffn-embed-dim", size[1], f"--{side}-attention-heads", size[2])
+        f"--{side}-layers 1 --{side}-embed-dim 64 --{side}-ffn-embed-dim 128 --{side}-attention-heads 4"
+        for side in ("encoder", "decoder")
     ]
-    flags = [
-        "--arch", "transformer", "--share-decoder-input-output-embed", *sides, "--dropout", str(dropout), "--label-smoothing", "0",
-        "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "5", "--max-tokens", "1000", "--log-interval", "25",
-    ]
-    base = [*CROSS_ENTROPY, "--lr", "3e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "200", "--max-update", str(base_updates)]
-    return Corpus(flags, updates, (3e-4, 1e-3, 3e-3), branches, base_flags=base, pairs=pairs)
+    flags = (
+        f"--arch transformer --share-decoder-input-output-embed {' '.join(sides)} --dropout {dropout} "
+        "--label-smoothing 0 --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 5 --max-tokens 1000 "
+        "--log-interval 25"
+    )
+    base = shlex.split(f"--lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 200 --max-update {base_updates}")
+    return Corpus(shlex.split(flags), updates, (1e-3, 3e-3), branches, [*CROSS_ENTROPY, *base], pairs=pairs)
 
 
 ALWAYS = (
-    "cross-entropy", "cross-entropy, 2.5 x updates", "likelihood", "noise", "noise, none", "flat 0.1", "flat 1", "kl, none", "kl, full",
-    "kl, last", "nce", "nce, last", "nce, post",
+    *("cross-entropy", "cross-entropy, 2.5 x updates", "likelihood", "noise", "noise, none", "flat 0.1", "flat 1"),
+    *("kl, none", "kl, full", "kl, last", "nce", "nce, last", "nce, post"),
 )
 WITH_DROPOUT = (
-    *ALWAYS, "likelihood, off", "noise, off", "flat 1, off", "kl, full, off", "kl, full, energy-off", "nce, off", "kl, full, every 4",
+    *ALWAYS, "likelihood, off", "noise, off", "flat 1, off",
+    *("kl, full, off", "kl, full, energy-off", "nce, off", "kl, full, every 4"),
 )
 DROPOUT_TUNED = (
-    *WITH_DROPOUT, "noise, none, flipped", "cross-entropy, dropout 0", "cross-entropy, dropout 0.1", "likelihood, dropout 0",
-    "noise, none, dropout 0", "noise, none, flipped, dropout 0", "kl, full, dropout 0",
+    *WITH_DROPOUT, "noise, none, flipped", "cross-entropy, dropout 0", "cross-entropy, dropout 0.1",
+    *("likelihood, dropout 0", "noise, none, dropout 0", "noise, none, flipped, dropout 0", "kl, full, dropout 0"),
 )
+MULTI30K = """
+    -s de -t en --arch transformer_iwslt_de_en --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128
+    --decoder-embed-dim 128 --encoder-ffn-embed-dim 512 --decoder-ffn-embed-dim 512 --encoder-attention-heads 4
+    --decoder-attention-heads 4 --share-all-embeddings --dropout 0.2 --optimizer adam --adam-betas '(0.9, 0.98)'
+    --clip-norm 1.0 --label-smoothing 0.1 --max-tokens 2560 --required-batch-size-multiple 1 --log-interval 20
+"""
 CORPORA: Dict[str, Corpus] = {
     "synthetic-1500-dropout0": synthetic(1_500, 0.0, 1000, 600, ALWAYS),
     "synthetic-1500-dropout0.1": synthetic(1_500, 0.1, 1000, 600, WITH_DROPOUT),
     "synthetic-1500-dropout0.3": synthetic(1_500, 0.3, 1000, 600, WITH_DROPOUT),
     "synthetic-20000-dropout0": synthetic(20_000, 0.0, 1500, 300, ALWAYS),
     "multi30k": Corpus(
-        [
-            "-s", "de", "-t", "en", "--arch", "transformer_iwslt_de_en", "--encoder-layers", "2", "--decoder-layers", "2",
-            "--encoder-embed-dim", "128", "--decoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512", "--decoder-ffn-embed-dim",
-            "512", "--encoder-attention-heads", "4", "--decoder-attention-heads", "4", "--share-all-embeddings", "--dropout", "0.2",
-            "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0", "--label-smoothing", "0.1", "--max-tokens",
-            "2560", "--required-batch-size-multiple", "1", "--log-interval", "20",
-        ],
-        100, (1e-4, 3e-4), DROPOUT_TUNED, samples=6, max_len=(1.5, 10),
-        generate=["-s", "de", "-t", "en", "--beam", "5", "--remove-bpe", "--required-batch-size-multiple", "1"],
+        shlex.split(MULTI30K), 100, (3e-5, 1e-4, 3e-4), DROPOUT_TUNED, samples=6, max_len=(1.5, 10),
+        generate=shlex.split("-s de -t en --beam 5 --remove-bpe --required-batch-size-multiple 1"),
     ),
 }

@@ -1,7 +1,8 @@
 """The tables of results/: every branch against the best control, with intervals over seeds and sentences.
 
-    worth_verdict.py [CORPUS ...]
+worth_verdict.py [CORPUS ...]
 """
+
 from __future__ import annotations
 
 import json
@@ -34,7 +35,7 @@ def finished(results: Path) -> List[dict]:
 
 
 def best_rates(corpus: Corpus, rows: List[dict]) -> Dict[str, tuple]:
-    """Of each branch that was tuned: (validation joint NLL, rate) of the best rate, the mean of the tuning seeds decides."""
+    """(validation joint NLL, rate) of each tuned branch at its best rate by the mean of the tuning seeds."""
     by_rate: Dict[tuple, Dict[int, float]] = {}
     for row in rows:
         if row["seed"] in corpus.tuning_seeds:
@@ -67,7 +68,9 @@ def difference(ours: List[dict], theirs: List[dict], key: str) -> Optional[Diffe
     variance = sum(each / count for each, count in parts)
     freedom = variance**2 / sum((each / count) ** 2 / (count - 1) for each, count in parts)
     mean, error = float(found.mean()), float(np.sqrt(variance))
-    return Difference(mean, float(stats.t.ppf(0.975, freedom)) * error, float(2 * stats.t.sf(abs(mean) / error, freedom)))
+    return Difference(
+        mean, float(stats.t.ppf(0.975, freedom)) * error, float(2 * stats.t.sf(abs(mean) / error, freedom))
+    )
 
 
 def holm(p_values: List[float]) -> List[float]:
@@ -94,25 +97,43 @@ def corpus_table(name: str, results: Path) -> str:
     best = best_rates(corpus, rows)
     control = best_control(best)
     fresh = {
-        branch: [row for row in rows if row["branch"] == branch and row["rate"] == rate and row["seed"] in corpus.fresh_seeds]
+        branch: [
+            row for row in rows if row["branch"] == branch and row["rate"] == rate and row["seed"] in corpus.fresh_seeds
+        ]
         for branch, (_, rate) in best.items()
     }
     kinds = {"joint NLL": "joint_nll", "NLL": "nll"}
     found = {
         (branch, kind): difference(fresh[branch], fresh[control], key)
-        for branch in best if branch != control and control for kind, key in kinds.items()
+        for branch in best
+        if branch != control and control
+        for kind, key in kinds.items()
     }
     compared = [key for key, each in found.items() if each is not None and key[0] not in CONTROLS]
     corrected = dict(zip(compared, holm([found[key].p for key in compared])))
     lines = []
     for branch in [each for each in corpus.branches if each in best]:
         valid, rate = best[branch]
-        line = [branch + (" (best control)" if branch == control else ""), f"{rate:g}", f"{valid:.3f}", len(fresh[branch])]
+        line = [
+            branch + (" (best control)" if branch == control else ""),
+            f"{rate:g}",
+            f"{valid:.3f}",
+            len(fresh[branch]),
+        ]
         line += [spread(fresh[branch], key) for key in ("nll", "joint_nll", "dv", "training_dv")]
         line += [_shown(found.get((branch, kind)), corrected.get((branch, kind))) for kind in kinds]
         line += [spread(fresh[branch], "bleu", 2)] if corpus.generate else []
         lines.append([*line, spread(fresh[branch], "seconds_per_update")])
-    headers = ["branch", "rate", "valid joint NLL, tuning", "fresh seeds", "test NLL", "test joint NLL", "test DV", "training DV"]
+    headers = [
+        "branch",
+        "rate",
+        "valid joint NLL, tuning",
+        "fresh seeds",
+        "test NLL",
+        "test joint NLL",
+        "test DV",
+        "training DV",
+    ]
     headers += [f"{kind} − best control's" for kind in kinds] + (["BLEU"] if corpus.generate else []) + ["s per update"]
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
 

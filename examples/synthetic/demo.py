@@ -166,7 +166,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for everything that is written")
     parser.add_argument("--quick", action="store_true", help="a few updates and sentences: checks that all parts work")
-    parser.add_argument("--all", action="store_true", help="also run E-ARM without variance reduction, and on the last step alone")
+    also = "also run E-ARM without variance reduction, and on the last step alone"
+    parser.add_argument("--all", action="store_true", help=also)
     parser.add_argument("--tune", action="store_true", help="try learning rates on a grid instead, and print the table")
     args = parser.parse_args(arguments)
     size = settings.QUICK if args.quick else settings.FULL

@@ -66,6 +66,8 @@ class Branch(NamedTuple):
 
 
 EARM = ["--criterion", "earm_cross_entropy", "--earm-start-epoch", "1", "--earm-weight", "1"]
+NOISY = [*EARM, "--earm-variance-reduction", "none"]
+CONTROLS = ("control", "noise")
 LAST = [*EARM, "--earm-energy-steps", "last", "--earm-recent-tokens", "0"]
 
 BRANCHES: Dict[str, Branch] = {
@@ -73,8 +75,8 @@ BRANCHES: Dict[str, Branch] = {
     "ce-time": Branch("cross-entropy, E-ARM's time", 1e-3, CROSS_ENTROPY, time_factor=2.5),
     "control": Branch("control, likelihood", 1e-3, [*EARM, "--earm-control", "likelihood"], reranks=True),
     "noise": Branch("control, noise", 1e-3, [*EARM, "--earm-control", "noise"]),
-    "earm": Branch("E-ARM", 1e-3, EARM, controls=("control", "noise"), reranks=True),
-    "earm-none": Branch("E-ARM, Eq. 15 as printed", 1e-3, [*EARM, "--earm-variance-reduction", "none"], controls=("control", "noise"), reranks=True),
+    "earm": Branch("E-ARM", 1e-3, EARM, controls=CONTROLS, reranks=True),
+    "earm-none": Branch("E-ARM, Eq. 15 as printed", 1e-3, NOISY, controls=CONTROLS, reranks=True),
     "control-last": Branch("control, last step", 1e-3, [*LAST, "--earm-control", "likelihood"], reranks=True),
     "earm-last": Branch("E-ARM, last step", 1e-3, LAST, controls=("control-last",), reranks=True),
 }

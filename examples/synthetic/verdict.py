@@ -88,7 +88,8 @@ def against_control(results, name: str, control: str) -> List[str]:
         ("in_language", "share of samples in the language", False, 3),
     ]
     measured = [metric for metric in metrics if metric[0] in results[control]]  # not every control reranks
-    return [f"{title(name)} minus {title(control)}:", *(compare(results, name, control, *metric) for metric in measured)]
+    compared = [compare(results, name, control, *metric) for metric in measured]
+    return [f"{title(name)} minus {title(control)}:", *compared]
 
 
 def energy(results, name: str, control: str) -> List[str]:

@@ -1,4 +1,5 @@
 """One normaliser for the negatives of all workers, and nobody who waits for a worker that has none."""
+
 from __future__ import annotations
 
 import functools
@@ -26,7 +27,11 @@ class AllWorkers:
     """
 
     def __init__(
-        self, task, active: Callable[[], bool], heard: Callable[[StepStatistics], None], nothing: Callable[[int], StepStatistics]
+        self,
+        task,
+        active: Callable[[], bool],
+        heard: Callable[[StepStatistics], None],
+        nothing: Callable[[int], StepStatistics],
     ):
         self.active = active
         self.heard = heard
@@ -69,7 +74,7 @@ class AllWorkers:
         self.awaited = False
 
     def _join_all(self, steps: int, own: Callable[[int], StepStatistics]) -> StepStatistics:
-        """Two collectives: the number of steps, and the statistics themselves. A worker in the first is in the second."""
+        """Two collectives: the number of steps, then the statistics. A worker in the first is in the second."""
         group = distributed.get_data_parallel_group()
         device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
         longest = torch.tensor([steps], device=device)

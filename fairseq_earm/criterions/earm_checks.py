@@ -1,4 +1,5 @@
 """Flags of `earm_cross_entropy` that cannot work are refused before any training, in one line."""
+
 import math
 
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig
@@ -29,8 +30,8 @@ def check_task(cfg, task) -> None:
     scheduled = getattr(getattr(task, "cfg", None), "scheduled_sampling", "none")
     if cfg.earm_loss_rows and scheduled != "none":
         raise UsageError(
-            f"--earm-loss-rows {cfg.earm_loss_rows}: --scheduled-sampling {scheduled} reads the logits of all tokens; leave one of "
-            "the two out"
+            f"--earm-loss-rows {cfg.earm_loss_rows}: --scheduled-sampling {scheduled} reads the logits of all tokens; "
+            "leave one of the two out"
         )
 
 
@@ -45,7 +46,9 @@ def check_effect(cfg, without_effect) -> None:
     for name in without_effect:
         if getattr(cfg, name) != EarmCrossEntropyConfig.__dataclass_fields__[name].default:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(cfg, name)}: no effect on the negatives of this task's models; leave it out")
+            raise UsageError(
+                f"{flag} {getattr(cfg, name)}: no effect on the negatives of this task's models; leave it out"
+            )
 
 
 def _problems(cfg):
@@ -63,9 +66,12 @@ def _problems(cfg):
         (cfg.earm_negatives < 1, "--earm-negatives", "give at least 1"),
         (cfg.earm_loss_rows < 0, "--earm-loss-rows", "give a number of tokens, or 0 for all"),
         (
-            cfg.earm_negatives == 1 and cfg.earm_normalizer == "source" and control_named(cfg.earm_control) not in ("likelihood", "flat"),
+            cfg.earm_negatives == 1
+            and cfg.earm_normalizer == "source"
+            and control_named(cfg.earm_control) not in ("likelihood", "flat"),
             "--earm-negatives",
-            "one negative per source makes every weight 1 under --earm-normalizer source; give at least 2, or use batch",
+            "one negative per source makes every weight 1 under --earm-normalizer source; give at least 2, or use "
+            "batch",
         ),
         (not 0 <= cfg.earm_normalizer_ema < 1, "--earm-normalizer-ema", "give a number from 0 to below 1"),
         (
@@ -75,11 +81,16 @@ def _problems(cfg):
         ),
         (not 0 <= cfg.earm_max_len_a < math.inf, "--earm-max-len-a", "give a finite number of at least 0"),
         (cfg.earm_max_len_b < 0, "--earm-max-len-b", "give a number of at least 0"),
-        (cfg.earm_max_len_a == 0 == cfg.earm_max_len_b, "--earm-max-len-b", "gives negatives no token; give at least 1"),
+        (
+            cfg.earm_max_len_a == 0 == cfg.earm_max_len_b,
+            "--earm-max-len-b",
+            "gives negatives no token; give at least 1",
+        ),
         (
             truncates and cfg.earm_sampler != "generator",
             "--earm-sampler",
-            "top-k, top-p and temperature need --earm-sampler generator; the ancestral sampler draws from the softmax itself",
+            "top-k, top-p and temperature need --earm-sampler generator; the ancestral sampler draws from the softmax "
+            "itself",
         ),
         (
             cfg.earm_sampling_bf16 and cfg.earm_sampler != "ancestral",
@@ -88,7 +99,11 @@ def _problems(cfg):
         ),
         (not 0 <= cfg.label_smoothing <= 1, "--label-smoothing", "give a number from 0 to 1"),
         (not 0 < cfg.earm_sampling_temperature < math.inf, "--earm-sampling-temperature", "give a number above 0"),
-        (cfg.earm_sampling_topk < -1 or cfg.earm_sampling_topk == 0, "--earm-sampling-topk", "give at least 1, or -1 for all"),
+        (
+            cfg.earm_sampling_topk < -1 or cfg.earm_sampling_topk == 0,
+            "--earm-sampling-topk",
+            "give at least 1, or -1 for all",
+        ),
         (
             cfg.earm_sampling_topp != -1 and not 0 < cfg.earm_sampling_topp <= 1,
             "--earm-sampling-topp",
@@ -111,7 +126,8 @@ def _objective_problems(cfg):
         (
             control not in ("none", *CONTROLS),
             "--earm-control",
-            f"give one of {', '.join(CONTROLS)} behind the flag, or nothing for likelihood, and the folder of data before it",
+            f"give one of {', '.join(CONTROLS)} behind the flag, or nothing for likelihood, and the folder of data "
+            "before it",
         ),
         (
             control != "none" and nce,
@@ -131,7 +147,8 @@ def _objective_problems(cfg):
         (
             needs_score and truncates and cfg.earm_variance_reduction == "full",
             "--earm-variance-reduction",
-            "its baseline needs samples of the softmax itself, without top-k, top-p or a temperature; give none, or leave those out",
+            "its baseline needs samples of the softmax itself, without top-k, top-p or a temperature; give none, or "
+            "leave those out",
         ),
         (
             nce and cfg.earm_normalizer_ema > 0,
@@ -166,7 +183,10 @@ def _schedule_problems(cfg):
             f"training ends with --max-update {max_update}, so E-ARM would never start; start earlier or train longer",
         ),
         (
-            used and by_update and cfg.earm_every > 1 and 0 < max_update <= first_multiple(cfg.earm_start_update, cfg.earm_every),
+            used
+            and by_update
+            and cfg.earm_every > 1
+            and 0 < max_update <= first_multiple(cfg.earm_start_update, cfg.earm_every),
             "--earm-every",
             f"no update from --earm-start-update {cfg.earm_start_update} to the end is a multiple of it; give less",
         ),

@@ -29,29 +29,33 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
     earm_every: int = field(
         default=1,
         metadata={
-            "help": "use E-ARM in the updates whose number is a multiple of N, with N times its weight, and the stock criterion in "
-            "the others: the same expected gradient for less time, in bursts that Adam and --clip-norm notice"
+            "help": "use E-ARM in the updates whose number is a multiple of N, with N times its weight, and the stock "
+            "criterion in the others: the same expected gradient for less time, in bursts that Adam and --clip-norm "
+            "notice"
         },
     )
     earm_objective: ChoiceEnum(list(OBJECTIVES)) = field(
         default="kl",
         metadata={
-            "help": "kl: the paper's contrastive divergence (Eq. 15). nce: classify data against negatives at every step, which is "
-            "bounded; --earm-variance-reduction has no effect on it, and each worker normalises its own batch"
+            "help": "kl: the paper's contrastive divergence (Eq. 15). nce: classify data against negatives at every "
+            "step, which is bounded; --earm-variance-reduction has no effect on it, and each worker normalises its own "
+            "batch"
         },
     )
     earm_cross_entropy: ChoiceEnum(["add", "replace"]) = field(
         default="add",
         metadata={
-            "help": "add: λ times E-ARM beside cross-entropy. replace: E-ARM alone once it has started, with --earm-weight 1 the "
-            "paper's Eq. 15, and without label smoothing; during --earm-warmup-updates cross-entropy fades out as λ grows"
+            "help": "add: λ times E-ARM beside cross-entropy. replace: E-ARM alone once it has started, with "
+            "--earm-weight 1 the paper's Eq. 15, and without label smoothing; during --earm-warmup-updates "
+            "cross-entropy fades out as λ grows"
         },
     )
     earm_dropout: ChoiceEnum(["shared", "off", "energy-off"]) = field(
         default="shared",
         metadata={
-            "help": "shared: E-ARM uses the pass of cross-entropy, dropout included. off: one more pass of the data, and that of the "
-            "negatives, without dropout. energy-off: the same, but the likelihood that E-ARM repeats keeps its dropout"
+            "help": "shared: E-ARM uses the pass of cross-entropy, dropout included. off: one more pass of the data, "
+            "and that of the negatives, without dropout. energy-off: the same, but the likelihood that E-ARM repeats "
+            "keeps its dropout"
         },
     )
     earm_recent_tokens: int = field(
@@ -74,9 +78,9 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
     earm_variance_reduction: ChoiceEnum(VARIANCE_REDUCTIONS) = field(
         default="full",
         metadata={
-            "help": "what takes noise out of E-ARM's gradient without changing its mean. rao-blackwell: the exact expectation over each "
-            "negative's current token (without effect under --earm-energy-steps last and post). full: that and a baseline for the "
-            "history; not with top-k, top-p or a temperature"
+            "help": "what takes noise out of E-ARM's gradient without changing its mean. rao-blackwell: the exact "
+            "expectation over each negative's current token (without effect under --earm-energy-steps last and post). "
+            "full: that and a baseline for the history; not with top-k, top-p or a temperature"
         },
     )
     earm_max_len_a: float = field(
@@ -104,13 +108,15 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
         default="none",
         metadata={
             "argparse_const": "likelihood",
-            "help": "train a control in the place of E-ARM, with the same flags. likelihood (also the bare flag): the likelihood that "
-            "E-ARM repeats, without energy or negatives. noise: E-ARM's samples without its energy, all weights 1 and logsumexp held "
-            "fixed. flat: likelihood and a penalty on logsumexp that varies, see --earm-control-weight",
+            "help": "train a control in the place of E-ARM, with the same flags. likelihood (also the bare flag): the "
+            "likelihood that E-ARM repeats, without energy or negatives. noise: E-ARM's samples without its energy, "
+            "all weights 1 and logsumexp held fixed. flat: likelihood and a penalty on logsumexp that varies, see "
+            "--earm-control-weight",
         },
     )
     earm_control_weight: float = field(
-        default=1.0, metadata={"help": "--earm-control flat: strength c of the penalty c·Σ d·Var(logsumexp) over the data's steps"}
+        default=1.0,
+        metadata={"help": "--earm-control flat: strength c of the penalty c·Σ d·Var(logsumexp) over the data's steps"},
     )
     earm_loss_rows: int = field(
         default=0,

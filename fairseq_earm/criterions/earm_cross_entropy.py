@@ -1,4 +1,5 @@
 """Criterion `earm_cross_entropy`: label-smoothed cross-entropy plus E-ARM's contrastive loss."""
+
 from __future__ import annotations
 
 import functools
@@ -12,7 +13,13 @@ from fairseq.logging import metrics
 from fairseq_earm.criterions.all_workers import AllWorkers
 from fairseq_earm.criterions.earm_checks import check_config, check_effect, check_task
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig, loss_settings
-from fairseq_earm.criterions.earm_log import control_values, earm_values, log_entries, reduce_earm_metrics, watch_clipping
+from fairseq_earm.criterions.earm_log import (
+    control_values,
+    earm_values,
+    log_entries,
+    reduce_earm_metrics,
+    watch_clipping,
+)
 from fairseq_earm.criterions.training_clock import EarmSchedule, NonfiniteGuard, TrainingClock
 from fairseq_earm.ebm import objectives
 from fairseq_earm.ebm.contrast import Scored, batch_statistics, contrast, empty_statistics, energy_steps
@@ -32,7 +39,9 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     """
 
     def __init__(self, task, cfg):
-        super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, max(cfg.ignore_prefix_size, 0), cfg.report_accuracy)
+        super().__init__(
+            task, cfg.sentence_avg, cfg.label_smoothing, max(cfg.ignore_prefix_size, 0), cfg.report_accuracy
+        )
         check_config(cfg)
         check_task(cfg, task)
         self.cfg = cfg
@@ -100,7 +109,9 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             terms = self._data_control(data)
             values = control_values(terms, energy_steps(self.settings, data).mask)
         else:
-            earm = self.objective(self._contrast(data, self._score(passes.negatives, samples.tokens, samples.mask), samples))
+            earm = self.objective(
+                self._contrast(data, self._score(passes.negatives, samples.tokens, samples.mask), samples)
+            )
             terms, values = earm.loss, earm_values(earm, samples, seconds)
         kept = 1.0 if self.cfg.earm_cross_entropy == "add" else 1.0 - weight / self.cfg.earm_weight
         return self._finish(kept * cross_entropy + weight * terms, nll, sample, values, passes.data, mask)
@@ -123,7 +134,9 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         energies = TokenEnergies(found.logsumexp, found.target_logit)
         if self.post:
             energies, mask = with_post_step(energies, mask)
-        return Scored(energies, mask, smoothed_nll(energies, found.mean_logit, head.vocabulary, epsilon) if smoothed else None)
+        return Scored(
+            energies, mask, smoothed_nll(energies, found.mean_logit, head.vocabulary, epsilon) if smoothed else None
+        )
 
     def _score_data(self, passes, target, mask) -> Scored:
         """The data's energies, at the steps that negatives are held against."""
@@ -168,7 +181,9 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         if self.cfg.earm_normalizer_ema == 0:
             return
         batch = everyone.log_normalizer.squeeze(0)
-        self.moving_normalizer = moving_log_normalizer(self.state.get("log_normalizer"), batch, self.cfg.earm_normalizer_ema)
+        self.moving_normalizer = moving_log_normalizer(
+            self.state.get("log_normalizer"), batch, self.cfg.earm_normalizer_ema
+        )
         if bool(batch.isnan().any() | batch.isposinf().any()):
             self.moving_normalizer = batch
         else:
@@ -179,7 +194,11 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         sentences = sample["target"].size(0)
         sample_size = sentences if self.sentence_avg else sample["ntokens"]
         log = {
-            "loss": loss.data, "nll_loss": nll.data, "ntokens": sample["ntokens"], "nsentences": sentences, "sample_size": sample_size,
+            "loss": loss.data,
+            "nll_loss": nll.data,
+            "ntokens": sample["ntokens"],
+            "nsentences": sentences,
+            "sample_size": sample_size,
         }
         finite = bool(torch.isfinite(loss))
         if self.report_accuracy:
@@ -187,7 +206,9 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             log["n_correct"], log["total"] = int(correct.sum()), int(mask.sum())
         if not finite:
             loss = loss * float("nan")
-            log, values = {key: torch.zeros_like(value) if torch.is_tensor(value) else 0 for key, value in log.items()}, None
+            log, values = {
+                key: torch.zeros_like(value) if torch.is_tensor(value) else 0 for key, value in log.items()
+            }, None
         log.update(log_entries(loss, values))
         return loss, sample_size, log
 

@@ -5,15 +5,16 @@ The history part of the negative phase weighs the score ∇nll_l of every drawn 
     c_l = Σ_{k=l+1}^{l+m} w_k · (data rows alive at k / negatives alive at k) · 1{row alive at k}.
 
 Under q the score has mean zero given x_<l, for end-of-sentence as for any other token. So a baseline b_l that is known
-before x_l is drawn may be subtracted from c_l, in *every* row alive at l, those that end at l included. With energies on
-all steps it is what the coefficients average to,
+before x_l is drawn may be subtracted from c_l, in *every* row alive at l, those that end at l included. With energies
+on all steps it is what the coefficients average to,
 
     b_l = Σ_k (data rows alive at k) / (negatives alive at l that could reach k),
 
-the data rows counted whether or not a negative happened to reach k: that depends on x_l, and would bias the mean. With one
-energy a row, D data rows and N negatives, it is D/N · the share of the data rows alive at l whose energy step comes within
-the m steps after l.
+the data rows counted whether or not a negative happened to reach k: that depends on x_l, and would bias the mean. With
+one energy a row, D data rows and N negatives, it is D/N · the share of the data rows alive at l whose energy step comes
+within the m steps after l.
 """
+
 from __future__ import annotations
 
 from typing import Optional
@@ -25,7 +26,9 @@ from torch import Tensor
 from fairseq_earm.ebm.weights import StepStatistics, group_counts
 
 
-def history_counts(settings, data_mask: Tensor, model_mask: Tensor, groups: tuple, num_groups: int, limits: Optional[Tensor]) -> dict:
+def history_counts(
+    settings, data_mask: Tensor, model_mask: Tensor, groups: tuple, num_groups: int, limits: Optional[Tensor]
+) -> dict:
     """The counts `later` and `now` of `StepStatistics`, each (G', L, T) float64; L = 0 without a baseline.
 
     Args:
@@ -47,7 +50,9 @@ def history_counts(settings, data_mask: Tensor, model_mask: Tensor, groups: tupl
     return {"later": _stack(later, rows), "now": _stack(now, rows)}
 
 
-def history_baseline(settings, statistics: StepStatistics, steps: int, limits: Optional[Tensor], groups: Tensor) -> Tensor:
+def history_baseline(
+    settings, statistics: StepStatistics, steps: int, limits: Optional[Tensor], groups: Tensor
+) -> Tensor:
     """(R, steps) the baseline b of each negative's tokens, float64; meaningful where the row is alive.
 
     Args:
@@ -56,7 +61,7 @@ def history_baseline(settings, statistics: StepStatistics, steps: int, limits: O
         limits: as for `history_counts`.
         groups: (R,) normaliser of each negative.
     """
-    each = F.pad(statistics.later / statistics.now.clamp_min(1), (0, max(0, steps - statistics.now.size(2))))[:, :, :steps]
+    each = (statistics.later / statistics.now.clamp_min(1))[:, :, :steps]
     if settings.energy_steps != "all":
         share = statistics.data / statistics.negatives.clamp_min(1)
         return (share.unsqueeze(2) * each).sum(1)[groups]
@@ -69,8 +74,8 @@ def history_baseline(settings, statistics: StepStatistics, steps: int, limits: O
 def _window_counts(settings, data_mask: Tensor, lags: int) -> dict:
     """Data rows alive at each step, and of these the ones whose energy step comes within the window after it.
 
-    Both are of the whole batch, also where each source has its own normaliser: the one data row of a source says next to
-    nothing about how long its samples are.
+    Both are of the whole batch, also where each source has its own normaliser: the one data row of a source says next
+    to nothing about how long its samples are.
     """
     alive = group_counts(data_mask, torch.zeros(data_mask.size(0), dtype=torch.long, device=data_mask.device), 1)
     beyond = _shift(alive, 1)

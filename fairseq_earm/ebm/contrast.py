@@ -1,4 +1,5 @@
 """Data against samples of the model, step by step: the quantities that every objective is computed from."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -155,7 +156,9 @@ def contrast(
     return _weighted(data_steps, model_steps, groups, statistics, log_normalizer, baseline)
 
 
-def _weighted(data: Steps, model: Steps, groups, statistics: StepStatistics, given: Optional[Tensor], baseline) -> Contrast:
+def _weighted(
+    data: Steps, model: Steps, groups, statistics: StepStatistics, given: Optional[Tensor], baseline
+) -> Contrast:
     data_group, model_group = groups
     log_normalizer = _log_normalizer(statistics, given).to(model.logsumexp.dtype)
     log_weights = log_importance_weights(model.logsumexp, model.mask, log_normalizer=log_normalizer[model_group])

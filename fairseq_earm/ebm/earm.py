@@ -6,9 +6,10 @@ H_k = Σ_{l=k−m}^{k−1} nll_l, the model at step k is P_θ(x_≤k) ∝ q(x_<k
 
     Σ_k mean over data (H_k + φ_k) − Σ_k mean over samples of q (w_k · (H_k + φ_k)),   w_k ∝ exp(lse_k) detached
 
-descends Σ_k KL(P_data ‖ P_θ) (Eqs. 6–16): exactly so for the full history, m tokens of it otherwise. Here is the loss in
-one call; `contrast` and `objectives` hold its parts.
+descends Σ_k KL(P_data ‖ P_θ) (Eqs. 6–16): exactly so for the full history, m tokens of it otherwise. Here is the loss
+in one call; `contrast` and `objectives` hold its parts.
 """
+
 from __future__ import annotations
 
 from typing import Optional
@@ -57,7 +58,13 @@ def earm_loss(
     data, negatives = Scored(positive, positive_mask, positive_history), Scored(negative, negative_mask)
     return kl(
         contrast(
-            settings, data, negatives, sources=sources, limits=limits, log_normalizer=log_normalizer, statistics=statistics
+            settings,
+            data,
+            negatives,
+            sources=sources,
+            limits=limits,
+            log_normalizer=log_normalizer,
+            statistics=statistics,
         )
     )
 
@@ -74,4 +81,6 @@ def nll_terms(
 
     Arguments as for `earm_loss`.
     """
-    return likelihood(steps_of(EarmSettings(recent_tokens, energy_steps), Scored(positive, positive_mask, positive_history)))
+    return likelihood(
+        steps_of(EarmSettings(recent_tokens, energy_steps), Scored(positive, positive_mask, positive_history))
+    )

@@ -2,6 +2,7 @@
 
 A new objective is a function from `contrast.Contrast` to `EarmLoss`, entered in `OBJECTIVES`.
 """
+
 from __future__ import annotations
 
 from typing import Callable, Dict, NamedTuple
@@ -16,8 +17,8 @@ from fairseq_earm.ebm.weights import grouped_log_sum_exp
 class EarmLoss(NamedTuple):
     """The loss of one batch, in nats, and what it was made of.
 
-    S is the number of steps that carry the energy: the larger of T and T' for `energy_steps="all"`, else 1. G is the number
-    of normalisers: 1 per batch or one per source.
+    S is the number of steps that carry the energy: the larger of T and T' for `energy_steps="all"`, else 1. G is the
+    number of normalisers: 1 per batch or one per source.
 
     Attributes:
         loss: positive_phase − negative_phase, a sum over data steps.
@@ -26,7 +27,8 @@ class EarmLoss(NamedTuple):
         log_normalizer: (G, S) log normalisers that the weights were divided by; detached.
         dv: Σ over data steps of lse − log normaliser: the Donsker-Varadhan bound on what q misses; detached.
         energy_data, energy_negatives: Σ of −lse over data steps, and over negatives with the same counts; detached.
-        relative_ess: Σ over data steps of the effective sample size of their weights, as a share of the negatives alive.
+        relative_ess: Σ over data steps of the effective sample size of their weights, as a share of the negatives
+            alive.
         data_steps: number of data steps in these sums.
     """
 
@@ -43,7 +45,7 @@ class EarmLoss(NamedTuple):
 
 
 def kl(found: Contrast) -> EarmLoss:
-    """Σ_k KL(P_data ‖ P_θ) by contrastive divergence (Wang et al., Eq. 15): Σ (H + φ) on data − Σ w (H + φ) on negatives."""
+    """Σ_k KL(P_data ‖ P_θ) by contrastive divergence (Eq. 15): Σ (H + φ) on data − Σ w (H + φ) on negatives."""
     data, model = found.data, found.negatives
     weights = found.log_weights.exp() * found.share[found.negative_group]
     positive = masked_sum(data.history + data.phi, found.data_mask)
@@ -56,9 +58,9 @@ def nce(found: Contrast) -> EarmLoss:
 
     With d data rows and n negatives alive at step k, t = lse − log Z_k, Z_k the mean of exp(lse) over these negatives,
     the loss is Σ softplus(log(n/d) − t) on data + Σ softplus(t − log(n/d)) on negatives, beside the likelihood terms of
-    `likelihood`. It is bounded from below. For fixed q its optimum is t = log P_data(x_<k) − log q(x_<k), both conditioned
-    on being alive at k. Z_k is differentiated through: with Z_k held fixed, a shift of all lse would have a gradient, and
-    lse would drift.
+    `likelihood`. It is bounded from below. For fixed q its optimum is t = log P_data(x_<k) − log q(x_<k), both
+    conditioned on being alive at k. Z_k is differentiated through: with Z_k held fixed, a shift of all lse would have a
+    gradient, and lse would drift.
     """
     data, model, statistics = found.data, found.negatives, found.statistics
     log_sum = grouped_log_sum_exp(model.logsumexp, model.mask, found.negative_group, statistics.data.size(0))
@@ -74,9 +76,9 @@ def nce(found: Contrast) -> EarmLoss:
 def noise(found: Contrast) -> EarmLoss:
     """The control for `kl` that has its samples without its energy: log w = 0, and lse held fixed.
 
-    φ is then the NLL, and vanishes where Rao-Blackwell replaced it. On average, and as far as negatives are drawn from the
-    q that is scored, it descends the likelihood of `likelihood`, given that each step is reached; to that comes the noise
-    of samples.
+    φ is then the NLL, and vanishes where Rao-Blackwell replaced it. On average, and as far as negatives are drawn from
+    the q that is scored, it descends the likelihood of `likelihood`, given that each step is reached; to that comes the
+    noise of samples.
     """
     data, model = found.data, found.negatives
     positive = masked_sum(data.history + data.phi + data.logsumexp, found.data_mask)

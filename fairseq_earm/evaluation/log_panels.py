@@ -112,12 +112,14 @@ PANELS = (
     ),
     Panel(
         "Gradient norm", "before clipping", (("gnorm", "-"), ("earm_gnorm", "--")),
-        "A step up where E-ARM enters is expected; growth that does not stop is the beginning of divergence. Dashed, under "
+        "A step up where E-ARM enters is expected; growth that does not stop is the beginning of divergence. Dashed, "
+        "under "
         "--earm-every: of the updates that have E-ARM, whose gradient is that many times as large.", log=True,
     ),
     Panel(
         "Clipped updates with E-ARM", "%", (("earm_clip", "-"),),
-        "Under --earm-every: how often the gradient of an update that has E-ARM was clipped, which shortens E-ARM's part of training.",
+        "Under --earm-every: how often the gradient of an update that has E-ARM was clipped, which shortens E-ARM's "
+        "part of training.",
     ),
     Panel("Learning rate", "", (("lr", "-"),), "The schedule as it was run."),
     Panel("Skipped updates", "so far", (("earm_skipped_updates", "-"),), "Updates left out because the gradient was not finite."),

@@ -23,8 +23,8 @@ class Passes(NamedTuple):
         teacher_forced: the steps of the data's energies: the same ones, except under scheduled sampling, which feeds
             cross-entropy's decoder with other words than the data's.
         negatives: the steps of the negatives' tokens, (R, T'); None for the controls that have none.
-        without_dropout: the steps of the data's energies by one more pass, without dropout, as the negatives' then is too;
-            None where there was none.
+        without_dropout: the steps of the data's energies by one more pass, without dropout, as the negatives' then is
+            too; None where there was none.
     """
 
     data: Head
@@ -62,7 +62,7 @@ class ModelFamily:
         raise NotImplementedError
 
     def forward(self, model, sample: dict, samples: Optional[Samples] = None, *, energies: bool = True) -> Passes:
-        """The data, and the negatives if there are any, in one forward of the model, wrapped for distributed training or not.
+        """The data, and the negatives if there are any, in one forward of the model, wrapped or not.
 
         Args:
             energies: whether the data's energies are wanted, for which `dropout` may ask for one more pass.

@@ -16,8 +16,8 @@ def forward_with_negatives(
     """Run the model on the data and its decoder once more on negatives.
 
     Distributed wrappers want their own forward to run exactly once per update, and sharded ones gather parameters only
-    inside it. So the further passes ride along: hooks start them within that one forward, and hand their outputs out with
-    the data's, because wrappers learn from what they hand out which parameters and gradients to expect.
+    inside it. So the further passes ride along: hooks start them within that one forward, and hand their outputs out
+    with the data's, because wrappers learn from what they hand out which parameters and gradients to expect.
 
     Args:
         model: the model as the criterion got it, wrapped or not.
@@ -89,5 +89,7 @@ def check_without_dropout(model: nn.Module, flag: str) -> None:
     Raises:
         UsageError: one line that begins with the flag and its value.
     """
-    if any(hasattr(module, "precheckpoint_forward") for module in model.modules()):  # fairseq's checkpoint_wrapper leaves it
-        raise UsageError(f"{flag}: --checkpoint-activations computes layers again with dropout; leave one of the two out")
+    if any(hasattr(module, "precheckpoint_forward") for module in model.modules()):  # left by fairseq's wrapper
+        raise UsageError(
+            f"{flag}: --checkpoint-activations computes layers again with dropout; leave one of the two out"
+        )

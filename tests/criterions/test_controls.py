@@ -1,4 +1,5 @@
 """The criterion's controls and its other ways to train: with what they leave out, and every figure where it belongs."""
+
 from __future__ import annotations
 
 import argparse
@@ -36,9 +37,17 @@ def difference(one, other):
     return {name: one[name] - other[name] for name in one}
 
 
-@pytest.mark.parametrize("stored, control", [
-    (True, "likelihood"), (False, "none"), ("True", "likelihood"), ("False", "none"), ("noise", "noise"), (None, "none"),
-])
+@pytest.mark.parametrize(
+    "stored, control",
+    [
+        (True, "likelihood"),
+        (False, "none"),
+        ("True", "likelihood"),
+        ("False", "none"),
+        ("noise", "noise"),
+        (None, "none"),
+    ],
+)
 def test_what_version_0_1_stored_goes_on_meaning_the_same(stored, control):
     assert build(tiny_model(), earm_control=stored).control == control
 
@@ -47,7 +56,9 @@ def test_the_bare_flag_is_the_likelihood_control():
     parser = argparse.ArgumentParser()
     gen_parser_from_dataclass(parser, EarmCrossEntropyConfig())
     given = {"none": [], "likelihood": ["--earm-control", "--earm-weight", "1"], "noise": ["--earm-control", "noise"]}
-    assert {name: control_named(parser.parse_args(words).earm_control) for name, words in given.items()} == {name: name for name in given}
+    assert {name: control_named(parser.parse_args(words).earm_control) for name, words in given.items()} == {
+        name: name for name in given
+    }
 
 
 @pytest.mark.parametrize("steps, m", [("all", 1), ("last", 0), ("post", 2)])
@@ -74,10 +85,16 @@ def test_noise_has_everything_but_the_energy(reduction):
     found = {}
     for shift in (0.0, 0.4):
         model = tiny_model().train()
-        bias = torch.nn.Parameter(shift * torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
-        model.decoder.output_projection.register_forward_hook(lambda module, inputs, output: output + (inputs[0] @ bias).unsqueeze(-1))
+        bias = torch.nn.Parameter(
+            shift * torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        )
+        model.decoder.output_projection.register_forward_hook(
+            lambda module, inputs, output: output + (inputs[0] @ bias).unsqueeze(-1)
+        )
         for control in ("noise", "none"):
-            found[shift, control] = outcome(model, earm_control=control, earm_variance_reduction=reduction, earm_weight=0.5)
+            found[shift, control] = outcome(
+                model, earm_control=control, earm_variance_reduction=reduction, earm_weight=0.5
+            )
     assert found[0.0, "noise"][0] == pytest.approx(found[0.4, "noise"][0], rel=1e-10)
     assert found[0.0, "none"][0] != pytest.approx(found[0.4, "none"][0], rel=1e-4)
     assert found[0.0, "noise"][2]["earm_dv"] != found[0.4, "noise"][2]["earm_dv"] != 0
@@ -136,7 +153,9 @@ def test_every_n_th_update_has_n_times_the_weight_and_the_others_none():
         for log in logs:
             criterion.reduce_metrics([log])
     mean = logged.get_smoothed_values()["earm_dv"]
-    assert mean == pytest.approx((used["earm_dv"] / used["earm_steps"]).item(), abs=2e-4)  # not of eight updates, six of them 0
+    assert mean == pytest.approx(
+        (used["earm_dv"] / used["earm_steps"]).item(), abs=2e-4
+    )  # not of eight updates, six of them 0
 
 
 def test_the_moving_normaliser_counts_the_updates_that_have_earm():
@@ -171,29 +190,66 @@ def test_clipping_is_logged_of_the_updates_that_have_earm():
     assert "earm_clip" not in logged.get_smoothed_values()
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"earm_control": "data-bin"}, "--earm-control data-bin: give one of likelihood, noise, flat"),
-    ({"earm_control": "noise", "earm_objective": "nce"}, "--earm-objective nce: the controls are those of kl; leave --earm-control noise out"),
-    ({"earm_control": True, "earm_objective": "nce"}, "--earm-objective nce: the controls are those of kl; leave --earm-control likelihood"),
-    ({"earm_control": "flat", "earm_control_weight": 0.0}, "--earm-control-weight 0.0: give a finite number above 0"),
-    ({"earm_control": "flat", "earm_control_weight": math.inf}, "--earm-control-weight inf: give a finite number above 0"),
-    ({"earm_control": "noise", "earm_control_weight": 2.0}, "--earm-control-weight 2.0: no effect without --earm-control flat"),
-    ({"earm_sampler": "generator", "earm_sampling_topk": 2}, "--earm-variance-reduction full: its baseline needs samples of the softmax itself"),
-    ({"earm_sampler": "generator", "earm_sampling_topp": 0.5}, "--earm-variance-reduction full: .* give none"),
-    ({"earm_sampler": "generator", "earm_sampling_temperature": 0.5, "earm_control": "noise"}, "--earm-variance-reduction full"),
-    ({"earm_objective": "nce", "earm_normalizer_ema": 0.5}, "--earm-normalizer-ema 0.5: --earm-objective nce differentiates"),
-    ({"earm_every": 0}, "--earm-every 0: give a number of updates of at least 1"),
-    ({"earm_every": 2, "earm_cross_entropy": "replace"}, "--earm-every 2: --earm-cross-entropy replace would leave the other updates"),
-    ({"earm_every": 10, "earm_start_update": 11, "max_update": 20}, "--earm-every 10: no update from --earm-start-update 11"),
-    ({"earm_control": "noise", "earm_normalizer": "source"}, "--earm-negatives 1: one negative per source"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"earm_control": "data-bin"}, "--earm-control data-bin: give one of likelihood, noise, flat"),
+        (
+            {"earm_control": "noise", "earm_objective": "nce"},
+            "--earm-objective nce: the controls are those of kl; leave --earm-control noise out",
+        ),
+        (
+            {"earm_control": True, "earm_objective": "nce"},
+            "--earm-objective nce: the controls are those of kl; leave --earm-control likelihood",
+        ),
+        (
+            {"earm_control": "flat", "earm_control_weight": 0.0},
+            "--earm-control-weight 0.0: give a finite number above 0",
+        ),
+        (
+            {"earm_control": "flat", "earm_control_weight": math.inf},
+            "--earm-control-weight inf: give a finite number above 0",
+        ),
+        (
+            {"earm_control": "noise", "earm_control_weight": 2.0},
+            "--earm-control-weight 2.0: no effect without --earm-control flat",
+        ),
+        (
+            {"earm_sampler": "generator", "earm_sampling_topk": 2},
+            "--earm-variance-reduction full: its baseline needs samples of the softmax itself",
+        ),
+        ({"earm_sampler": "generator", "earm_sampling_topp": 0.5}, "--earm-variance-reduction full: .* give none"),
+        (
+            {"earm_sampler": "generator", "earm_sampling_temperature": 0.5, "earm_control": "noise"},
+            "--earm-variance-reduction full",
+        ),
+        (
+            {"earm_objective": "nce", "earm_normalizer_ema": 0.5},
+            "--earm-normalizer-ema 0.5: --earm-objective nce differentiates",
+        ),
+        ({"earm_every": 0}, "--earm-every 0: give a number of updates of at least 1"),
+        (
+            {"earm_every": 2, "earm_cross_entropy": "replace"},
+            "--earm-every 2: --earm-cross-entropy replace would leave the other updates",
+        ),
+        (
+            {"earm_every": 10, "earm_start_update": 11, "max_update": 20},
+            "--earm-every 10: no update from --earm-start-update 11",
+        ),
+        ({"earm_control": "noise", "earm_normalizer": "source"}, "--earm-negatives 1: one negative per source"),
+    ],
+)
 def test_flags_that_contradict_each_other_are_refused(flags, message):
     with pytest.raises(UsageError, match=message):
         build(tiny_model(), **flags)
 
 
-@pytest.mark.parametrize("flags", [
-    {"earm_sampler": "generator", "earm_sampling_topk": 2, "earm_objective": "nce"}, {"earm_every": 10, "earm_start_update": 11, "max_update": 21},
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"earm_sampler": "generator", "earm_sampling_topk": 2, "earm_objective": "nce"},
+        {"earm_every": 10, "earm_start_update": 11, "max_update": 21},
+    ],
+)
 def test_what_does_no_harm_is_taken(flags):
     build(tiny_model(), **flags)

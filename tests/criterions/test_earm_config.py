@@ -42,7 +42,10 @@ from tests.tiny_model import tiny_model
         ({"earm_sampling_topk": 5}, "--earm-sampler ancestral"),
         ({"label_smoothing": -0.1}, "--label-smoothing -0.1: give"),
         ({"label_smoothing": math.nan}, "--label-smoothing nan: give"),
-        ({"earm_sampling_topk": 7, "earm_sampler": "generator", "earm_variance_reduction": "none"}, "--earm-sampling-topk 7: the target dictionary has 6"),
+        (
+            {"earm_sampling_topk": 7, "earm_sampler": "generator", "earm_variance_reduction": "none"},
+            "--earm-sampling-topk 7: the target dictionary has 6",
+        ),
         ({"earm_sampling_topk": 5, "earm_sampling_topp": 0.9, "earm_sampler": "generator"}, "--earm-sampling-topk 5: --earm-sampling-topp"),
         ({"earm_sampling_topk": 0, "earm_sampler": "generator"}, "--earm-sampling-topk 0"),
         ({"earm_sampling_topp": 1.5, "earm_sampler": "generator"}, "--earm-sampling-topp 1.5"),

@@ -56,7 +56,8 @@ def numbers(model, sample, source, sequence):
 
 
 def independent_loss(
-    model, sample, *, m, steps, normalizer, epsilon, prefix, weight, smooth_history=False, rao_blackwell=False, baseline=False,
+    model, sample, *, m, steps, normalizer, epsilon, prefix, weight, smooth_history=False, rao_blackwell=False,
+    baseline=False,
 ):
     """Cross-entropy + λ E-ARM, written down from the paper step by step, no tensor of more than one row."""
     pad = model.decoder.dictionary.pad()
@@ -92,7 +93,9 @@ def independent_loss(
                 (n[k][2].exp() / mean).detach() * (n[k][0] + (-n[k][2] if rao_blackwell else n[k][1])) for n in peers
             ) / len(peers)
             loss = loss + weight * (history + phi - phase)
-    return loss + weight * independent_baseline(negatives, positives, m, steps, normalizer, prefix) if baseline else loss
+    if baseline:
+        loss = loss + weight * independent_baseline(negatives, positives, m, steps, normalizer, prefix)
+    return loss
 
 
 def independent_baseline(negatives, positives, m, steps, normalizer, prefix):

@@ -1,4 +1,5 @@
 """--earm-dropout: E-ARM's passes without dropout, cross-entropy with it, in one forward of the wrapper."""
+
 from __future__ import annotations
 
 import contextlib
@@ -34,10 +35,20 @@ def outcome(model, **flags):
     return loss, gradients(model, loss), log
 
 
-@pytest.mark.parametrize("flags", [
-    {}, {"earm_energy_steps": "last"}, {"earm_control": "likelihood"}, {"earm_control": "flat"},
-    {"earm_control": "noise"}, {"earm_objective": "nce"}, {"earm_loss_rows": 2}, {"earm_smooth_history": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"earm_energy_steps": "last"},
+        {"earm_control": "likelihood"},
+        {"earm_control": "flat"},
+        {"earm_control": "noise"},
+        {"earm_objective": "nce"},
+        {"earm_loss_rows": 2},
+        {"earm_smooth_history": True},
+    ],
+    ids=str,
+)
 def test_off_is_cross_entropy_with_dropout_and_earm_without(flags):
     model = tiny_model(dropout=0.3).train()
     shared = {"earm_weight": 0.5, "label_smoothing": 0.1, **flags}
@@ -55,20 +66,23 @@ def test_off_is_cross_entropy_with_dropout_and_earm_without(flags):
 
 
 def test_energy_off_keeps_the_dropout_of_the_repeated_likelihood():
-    """One term of difference between off and energy-off: the data's repeated likelihood, without dropout and with it."""
+    """They differ by one term: the data's repeated likelihood, without dropout and with it."""
     model = tiny_model(dropout=0.3).train()
     shared = {"earm_weight": 1.0}
     off, energy_off = outcome(model, earm_dropout="off", **shared), outcome(model, earm_dropout="energy-off", **shared)
-    repeated = [outcome(each, earm_control="likelihood", **shared)[2]["earm_loss"].item() for each in (undropped(model), model)]
+    repeated = [
+        outcome(each, earm_control="likelihood", **shared)[2]["earm_loss"].item() for each in (undropped(model), model)
+    ]
     assert abs(repeated[1] - repeated[0]) > 0.1
     assert (energy_off[0] - off[0]).item() == pytest.approx(repeated[1] - repeated[0], rel=1e-5)
     assert energy_off[2]["earm_dv"].item() == pytest.approx(off[2]["earm_dv"].item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("dropout", ["off", "energy-off"])
-@pytest.mark.parametrize("name, flags", [
-    *((name, {}) for name in FAMILIES if "pixel" not in name), ("encoder-decoder", {"earm_energy_steps": "post"}),
-])
+@pytest.mark.parametrize(
+    "name, flags",
+    [*((name, {}) for name in FAMILIES if "pixel" not in name), ("encoder-decoder", {"earm_energy_steps": "post"})],
+)
 def test_where_there_is_no_dropout_it_changes_nothing(name, flags, dropout):
     family = FAMILIES[name](rounded=False)
     samples = family.criterion().family.draw(family.model, family.sample, 3)
@@ -97,7 +111,13 @@ def test_the_wrapper_runs_once_and_without_e_arm_there_is_no_further_pass():
     for name, module in (("model", model), ("encoder", model.encoder), ("decoder", model.decoder)):
         module.register_forward_hook(lambda module, *rest, name=name: calls.append((name, module.training)))
     outcome(model, earm_dropout="off")
-    assert sorted(calls) == sorted([("model", True), *[("encoder", mode) for mode in (True, False)], *[("decoder", mode) for mode in (True, False, False)]])
+    assert sorted(calls) == sorted(
+        [
+            ("model", True),
+            *[("encoder", mode) for mode in (True, False)],
+            *[("decoder", mode) for mode in (True, False, False)],
+        ]
+    )
     calls.clear()
     outcome(model, earm_dropout="off", earm_weight=0.0, earm_loss_rows=2)
     assert sorted(calls) == [("decoder", True), ("encoder", True), ("model", True)]
@@ -146,4 +166,8 @@ def test_modes_are_restored_after_a_failure():
 
     with pytest.raises(RuntimeError, match="out of memory"):
         forward_with_negatives(model, sample["net_input"], data_again=broken)
-    assert all(module.training for module in model.modules()) and not model._forward_hooks and not model.encoder._forward_hooks
+    assert (
+        all(module.training for module in model.modules())
+        and not model._forward_hooks
+        and not model.encoder._forward_hooks
+    )

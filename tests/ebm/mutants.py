@@ -1,4 +1,5 @@
 """The loss as it would be with one line of the package changed: no such change may go unnoticed."""
+
 from __future__ import annotations
 
 import inspect
@@ -16,7 +17,7 @@ def mutated_loss(module, line: str, replacement: str):
 
 
 def mutated(module, line: str, replacement: str) -> dict:
-    """Copies of `MODULES` by their names, one line of one of them changed; they know each other, and not the originals."""
+    """Copies of `MODULES` by their names, one line of one of them changed; the copies import each other."""
     copies, own = {}, {}
     for original in MODULES:
         source = inspect.getsource(original)
@@ -30,6 +31,8 @@ def mutated(module, line: str, replacement: str) -> dict:
         exec(compile(source, copy.__name__, "exec"), copy.__dict__)
         for known in [key for key in copy.__dict__ if key in own]:
             setattr(copy, known, own[known])
-        own.update({key: value for key, value in vars(copy).items() if getattr(value, "__module__", "") == copy.__name__})
+        own.update(
+            {key: value for key, value in vars(copy).items() if getattr(value, "__module__", "") == copy.__name__}
+        )
     copies["earm"].steps_of = copies["contrast"].energy_steps
     return copies

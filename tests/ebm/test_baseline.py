@@ -1,4 +1,5 @@
 """The history's baseline over all random batches there are: the mean of the gradient stays, its variance falls."""
+
 from __future__ import annotations
 
 import itertools
@@ -34,8 +35,12 @@ def gradients(model, data, data_sources, negatives, loss_function=earm_loss, *, 
     probabilities, found = [], []
     for batch in itertools.product(*(draws(model, data_sources[row], limit) for row, limit in negatives)):
         positive = model.energies(data, data_sources, post=post)
-        energies, mask = model.energies([sequence for sequence, _ in batch], [data_sources[row] for row in sources], post=post)
-        loss = loss_function(*positive, energies, mask, energy_steps=energy_steps, sources=sources, limits=limits, **settings).loss
+        energies, mask = model.energies(
+            [sequence for sequence, _ in batch], [data_sources[row] for row in sources], post=post
+        )
+        loss = loss_function(
+            *positive, energies, mask, energy_steps=energy_steps, sources=sources, limits=limits, **settings
+        ).loss
         grad = gradient(loss, model)
         found.append(torch.zeros_like(model.table) if grad is None else grad)
         probabilities.append(math.prod(probability for _, probability in batch))
@@ -53,13 +58,21 @@ def moments(probabilities, found) -> tuple:
 SHORT = {"vocabulary": 2, "length": 4, "sources": 2}
 ROWS = [(1, 1, 0), (0,), (1, 1, 1, 1), (1, 0)]
 BATCHES = {
-    "one": [(0, 4)], "two": [(0, 4), (1, 4)], "four": [(0, 4), (0, 4), (1, 4), (2, 4)], "cut": [(0, 4), (1, 2), (2, 3)],
+    "one": [(0, 4)],
+    "two": [(0, 4), (1, 4)],
+    "four": [(0, 4), (0, 4), (1, 4), (2, 4)],
+    "cut": [(0, 4), (1, 2), (2, 3)],
     "two of each": [(0, 4), (0, 4), (1, 4), (1, 4)],
 }
 SETTINGS = [
-    {"recent_tokens": 1}, {"recent_tokens": 2}, {"recent_tokens": -1}, {"recent_tokens": 2, "rao_blackwell": True},
-    {"recent_tokens": 2, "energy_steps": "last"}, {"recent_tokens": -1, "energy_steps": "last"},
-    {"recent_tokens": 2, "energy_steps": "post"}, {"recent_tokens": 1, "energy_steps": "post"},
+    {"recent_tokens": 1},
+    {"recent_tokens": 2},
+    {"recent_tokens": -1},
+    {"recent_tokens": 2, "rao_blackwell": True},
+    {"recent_tokens": 2, "energy_steps": "last"},
+    {"recent_tokens": -1, "energy_steps": "last"},
+    {"recent_tokens": 2, "energy_steps": "post"},
+    {"recent_tokens": 1, "energy_steps": "post"},
 ]
 
 
@@ -82,10 +95,16 @@ WORDS = {"vocabulary": 3, "length": 3, "sources": 1, "seed": 2}
 SENTENCES = [(1, 2, 0), (1, 0), (1, 1, 1), (2, 1, 0), (0,), (2, 2, 2)]
 
 
-@pytest.mark.parametrize("settings, at_most", [
-    ({"recent_tokens": 2}, 0.4), ({"recent_tokens": 2, "rao_blackwell": True}, 0.85), ({"recent_tokens": -1, "rao_blackwell": True}, 0.85),
-    ({"recent_tokens": 2, "energy_steps": "last"}, 0.5), ({"recent_tokens": 2, "energy_steps": "post"}, 0.45),
-])
+@pytest.mark.parametrize(
+    "settings, at_most",
+    [
+        ({"recent_tokens": 2}, 0.4),
+        ({"recent_tokens": 2, "rao_blackwell": True}, 0.85),
+        ({"recent_tokens": -1, "rao_blackwell": True}, 0.85),
+        ({"recent_tokens": 2, "energy_steps": "last"}, 0.5),
+        ({"recent_tokens": 2, "energy_steps": "post"}, 0.45),
+    ],
+)
 def test_the_variance_over_all_batches_falls(settings, at_most):
     model, found = TabularModel(**WORDS), []
     for reduced in (False, True):
@@ -99,14 +118,21 @@ def test_the_variance_falls_with_many_negatives_too(negatives):
     """Batches drawn at random: the upper end of a 99 % interval of the ratio of variances lies below 1."""
     model, generator = TabularModel(**WORDS), torch.Generator().manual_seed(0)
     sequences, probabilities = zip(*draws(model, 0, 3))
-    chosen = torch.multinomial(torch.tensor(probabilities), 300 * negatives, True, generator=generator).view(300, negatives)
+    chosen = torch.multinomial(torch.tensor(probabilities), 300 * negatives, True, generator=generator).view(
+        300, negatives
+    )
     found = {False: [], True: []}
     for batch in chosen.tolist():
         for reduced, kept in found.items():
-            phases = (*model.energies(SENTENCES, [0] * 6), *model.energies([sequences[i] for i in batch], [0] * negatives))
+            phases = (
+                *model.energies(SENTENCES, [0] * 6),
+                *model.energies([sequences[i] for i in batch], [0] * negatives),
+            )
             loss = earm_loss(*phases, baseline=reduced, rao_blackwell=True, limits=torch.full((negatives,), 3)).loss
             kept.append(gradient(loss, model).flatten())
-    squares = {reduced: (torch.stack(kept) - torch.stack(kept).mean(0)).square().sum(1) for reduced, kept in found.items()}
+    squares = {
+        reduced: (torch.stack(kept) - torch.stack(kept).mean(0)).square().sum(1) for reduced, kept in found.items()
+    }
     draws_of_batches = torch.randint(300, (1000, 300), generator=generator)
     ratios = squares[True][draws_of_batches].mean(1) / squares[False][draws_of_batches].mean(1)
     assert ratios.quantile(0.995) < 1
@@ -121,7 +147,9 @@ def test_tokens_that_are_given_have_no_part_in_it():
 
     found = []
     for reduced in (False, True):
-        probabilities, each = gradients(model, SENTENCES, [0] * 6, [(0, 3), (1, 3)], loss_after_prefix, baseline=reduced)
+        probabilities, each = gradients(
+            model, SENTENCES, [0] * 6, [(0, 3), (1, 3)], loss_after_prefix, baseline=reduced
+        )
         assert each.view(len(each), *model.table.shape)[:, model.row[0, ()]].abs().max() == 0
         found.append(moments(probabilities, each))
     assert (found[0][0] - found[1][0]).norm() < 1e-13 * found[0][0].norm()
@@ -139,23 +167,70 @@ def test_under_a_moving_normaliser_the_mean_is_the_same():
 
 # What goes wrong, where, the line as it is, the line as it would be; and what notices: the mean or the variance.
 FAULTS = [
-    ("rows that end left out", contrast, "(nll - nll.detach()), negatives.mask)",
-     "(nll - nll.detach()), negatives.mask & F.pad(negatives.mask[:, 1:], (0, 1)))", "mean"),
-    ("an indicator of reach", baseline, "later = [_shift(rows, lag)",
-     "reached = group_counts(model_mask, model_group, num_groups) > 0; later = [_shift(rows * reached, lag)", "mean"),
-    ("the next step's coefficient", contrast, "coefficients = history_baseline(settings, statistics, negatives.mask.size(1), limits, groups)",
-     "coefficients = F.pad(history_baseline(settings, statistics, negatives.mask.size(1), limits, groups)[:, 1:], (0, 1))", "mean"),
-    ("negatives counted at the later step", baseline, "group_counts(model_mask & _reaches(", "group_counts(_shift(model_mask, lag) & _reaches(", "mean"),
-    ("the weight of the row itself", contrast, "coefficients = history_baseline(settings, statistics, negatives.mask.size(1), limits, groups)",
-     "coefficients = history_baseline(settings, statistics, negatives.mask.size(1), limits, groups) * negatives.energies.nll.detach()", "mean"),
-    ("data counted a step too late", baseline, "later = [_shift(rows, lag)", "later = [_shift(rows, lag + 1)", "variance"),
-    ("one lag too many", baseline, "return most if settings.recent_tokens < 0 else min(settings.recent_tokens, most)",
-     "return most if settings.recent_tokens < 0 else min(settings.recent_tokens + 1, most)", "variance"),
-    ("rows that cannot get there counted", baseline, "return limits.unsqueeze(1) >= ", "return limits.unsqueeze(1) + 9 >= ", "variance"),
+    (
+        "rows that end left out",
+        contrast,
+        "(nll - nll.detach()), negatives.mask)",
+        "(nll - nll.detach()), negatives.mask & F.pad(negatives.mask[:, 1:], (0, 1)))",
+        "mean",
+    ),
+    (
+        "an indicator of reach",
+        baseline,
+        "later = [_shift(rows, lag)",
+        "reached = group_counts(model_mask, model_group, num_groups) > 0; later = [_shift(rows * reached, lag)",
+        "mean",
+    ),
+    (
+        "the next step's coefficient",
+        contrast,
+        "coefficients = history_baseline(settings, statistics, negatives.mask.size(1), limits, groups)",
+        "coefficients = F.pad(history_baseline(settings, statistics, negatives.mask.size(1), limits, groups)[:, 1:], "
+        "(0, 1))",
+        "mean",
+    ),
+    (
+        "negatives counted at the later step",
+        baseline,
+        "group_counts(model_mask & _reaches(",
+        "group_counts(_shift(model_mask, lag) & _reaches(",
+        "mean",
+    ),
+    (
+        "the weight of the row itself",
+        contrast,
+        "coefficients = history_baseline(settings, statistics, negatives.mask.size(1), limits, groups)",
+        "coefficients = history_baseline(settings, statistics, negatives.mask.size(1), limits, groups) * "
+        "negatives.energies.nll.detach()",
+        "mean",
+    ),
+    (
+        "data counted a step too late",
+        baseline,
+        "later = [_shift(rows, lag)",
+        "later = [_shift(rows, lag + 1)",
+        "variance",
+    ),
+    (
+        "one lag too many",
+        baseline,
+        "return most if settings.recent_tokens < 0 else min(settings.recent_tokens, most)",
+        "return most if settings.recent_tokens < 0 else min(settings.recent_tokens + 1, most)",
+        "variance",
+    ),
+    (
+        "rows that cannot get there counted",
+        baseline,
+        "return limits.unsqueeze(1) >= ",
+        "return limits.unsqueeze(1) + 9 >= ",
+        "variance",
+    ),
 ]
 
 
-@pytest.mark.parametrize("fault, module, line, replacement, notices", FAULTS, ids=[fault[0].replace(" ", "-") for fault in FAULTS])
+@pytest.mark.parametrize(
+    "fault, module, line, replacement, notices", FAULTS, ids=[fault[0].replace(" ", "-") for fault in FAULTS]
+)
 def test_every_fault_is_caught(fault, module, line, replacement, notices):
     model = TabularModel(**SHORT, seed=1)
     arguments = (model, ROWS, [0, 1, 1, 0], BATCHES["cut"])
@@ -171,7 +246,9 @@ def test_every_fault_is_caught(fault, module, line, replacement, notices):
 @pytest.mark.parametrize("energy_steps, shares", [("last", [1 / 4, 2 / 3, 0.0]), ("post", [1 / 4, 1 / 3, 1.0])])
 def test_one_energy_a_row_is_expected_where_the_data_have_it(energy_steps, shares):
     """Lengths 1, 2, 3, 3: how many of the rows that say token l have their energy step in the one step after it."""
-    mask = torch.arange(3 + (energy_steps == "post")) < torch.tensor([1, 2, 3, 3]).unsqueeze(1) + (energy_steps == "post")
+    mask = torch.arange(3 + (energy_steps == "post")) < torch.tensor([1, 2, 3, 3]).unsqueeze(1) + (
+        energy_steps == "post"
+    )
     settings = EarmSettings(recent_tokens=1, energy_steps=energy_steps, baseline=True)
     zeros = torch.zeros(mask.shape)
     statistics = batch_statistics(settings, mask, Scored(TokenEnergies(zeros, zeros), mask))
@@ -181,6 +258,7 @@ def test_one_energy_a_row_is_expected_where_the_data_have_it(energy_steps, share
 
 def coefficients(lengths, data_lengths, **settings):
     """(R,) what the score of each negative's first token is weighed by, with flat weights."""
+
     def phase(of):
         mask = torch.arange(max(of)) < torch.tensor(of).unsqueeze(1)
         return TokenEnergies(torch.zeros(mask.shape), torch.zeros(mask.shape).requires_grad_()), mask
@@ -191,7 +269,7 @@ def coefficients(lengths, data_lengths, **settings):
 
 
 def test_with_flat_weights_the_share_of_rows_that_end_is_left():
-    """One lag: of eight negatives six go on, and a quarter of the squared coefficients is left. The sum of them becomes 0."""
+    """One lag: six of eight negatives go on, so a quarter of the squared coefficients is left; their sum becomes 0."""
     lengths, data = [2] * 6 + [1] * 2, [2, 2, 2, 1]
     before, after = (coefficients(lengths, data, recent_tokens=1, baseline=reduced) for reduced in (False, True))
     assert before.tolist() == [3 / 6] * 6 + [0] * 2

@@ -98,7 +98,8 @@ SLIPS = [
      "; log_weights = log_importance_weights("),
     ("weights not detached", weights, "logsumexp = logsumexp.detach()", "pass"),
     ("normaliser not divided by the count", weights, "return self.log_sum - self.negatives.clamp_min(1).log()", "return self.log_sum"),
-    ("unreached data steps kept", contrast, "data_mask = data.mask & (statistics.negatives > 0)[data_group]", "data_mask = data.mask"),
+    ("unreached data steps kept", contrast, "data_mask = data.mask & (statistics.negatives > 0)[data_group]",
+     "data_mask = data.mask"),
 ]
 
 
@@ -216,7 +217,8 @@ def test_half_precision_logits_agree():
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"rao_blackwell": True}, {"recent_tokens": -1}, {"energy_steps": "last"}, {"energy_steps": "post", "recent_tokens": 0},
+        {}, {"rao_blackwell": True}, {"recent_tokens": -1}, {"energy_steps": "last"},
+        {"energy_steps": "post", "recent_tokens": 0},
         {"baseline": True}, {"baseline": True, "recent_tokens": -1}, {"baseline": True, "energy_steps": "last"},
         {"baseline": True, "energy_steps": "post", "recent_tokens": -1},
     ],

@@ -1,4 +1,5 @@
 """Objectives and controls: their gradients, what they forget of the energy, and where their optimum lies."""
+
 from __future__ import annotations
 
 import math
@@ -51,11 +52,15 @@ def test_a_normaliser_held_fixed_would_let_it_drift():
     phases = [Scored(*model.energies(*rows)) for rows in ((sequences, sources), (sequences, sources))]
     settings = EarmSettings()
     through = gradient(nce(contrast(settings, *phases)).loss, model).sum()
-    contrasted = contrast(settings, *[Scored(*model.energies(*rows)) for rows in ((sequences, sources), (sequences, sources))])
+    contrasted = contrast(
+        settings, *[Scored(*model.energies(*rows)) for rows in ((sequences, sources), (sequences, sources))]
+    )
     fixed = contrasted.log_normalizer
     t = [steps.logsumexp - fixed for steps in (contrasted.data, contrasted.negatives)]
-    loss = sum(torch.nn.functional.softplus(sign * each)[steps.mask].sum()
-               for sign, each, steps in zip((-1, 1), t, (contrasted.data, contrasted.negatives)))
+    loss = sum(
+        torch.nn.functional.softplus(sign * each)[steps.mask].sum()
+        for sign, each, steps in zip((-1, 1), t, (contrasted.data, contrasted.negatives))
+    )
     drift = gradient(loss, model).sum()
     assert abs(through) < 1e-10
     variance = [t[1].detach()[:, k][contrasted.negatives.mask[:, k]].exp().var(unbiased=False).item() for k in range(3)]
@@ -70,7 +75,10 @@ def test_nce_is_logistic_regression_at_every_step():
     rows = {"data": list(zip(DATA, DATA_SOURCES.tolist())), "negatives": list(zip(negatives[0], negatives[1].tolist()))}
     expected = torch.zeros((), dtype=torch.float64)
     for k in range(3):
-        lse = {side: [model.logits(source, row[:k]).logsumexp(-1) for row, source in kept if len(row) > k] for side, kept in rows.items()}
+        lse = {
+            side: [model.logits(source, row[:k]).logsumexp(-1) for row, source in kept if len(row) > k]
+            for side, kept in rows.items()
+        }
         log_z = torch.stack(lse["negatives"]).logsumexp(0) - math.log(len(lse["negatives"]))
         ratio = len(lse["negatives"]) / len(lse["data"])
         for side, label in (("data", 1), ("negatives", 0)):
@@ -84,7 +92,7 @@ def test_nce_is_logistic_regression_at_every_step():
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=list(OBJECTIVES))
 def test_at_the_optimum_the_energy_is_the_log_ratio(objective):
-    """q held fixed, offsets alone free: lse_k − log Z_k = log P_data(x_<k) − log q(x_<k), both given that k is reached."""
+    """q fixed, offsets free: lse_k − log Z_k = log P_data(x_<k) − log q(x_<k), both given that k is reached."""
     model, truth = TabularModel(sources=1, seed=1), TabularModel(sources=1, seed=5)
     data, data_sources = truth.exact_batch()
     sequences, sources = model.exact_batch()
@@ -101,7 +109,13 @@ def test_at_the_optimum_the_energy_is_the_log_ratio(objective):
             ratio = (log_alive(truth, prefix, k) - log_alive(model, prefix, k)).detach()
             shift[row] = ratio - model.table[row].logsumexp(-1).detach()
     right = shifted(model, shift)
-    arguments = {"data": data, "data_sources": data_sources, "negatives": (sequences, sources), "recent_tokens": 0, "rao_blackwell": objective is kl}
+    arguments = {
+        "data": data,
+        "data_sources": data_sources,
+        "negatives": (sequences, sources),
+        "recent_tokens": 0,
+        "rao_blackwell": objective is kl,
+    }
     # What is left of the gradient along the offsets, which the likelihood does not see.
     assert gradient(found(right, objective, **arguments).loss, right).sum(1).abs().max() < 1e-10
     assert gradient(found(model, objective, **arguments).loss, model).sum(1).abs().max() > 1
@@ -113,7 +127,9 @@ def test_nce_learns_that_optimum_from_anywhere():
     model, truth = TabularModel(sources=1, seed=1), TabularModel(sources=1, seed=5)
     data, data_sources = truth.exact_batch()
     offsets = torch.zeros(len(model.row), 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([offsets], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [offsets], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
     fixed = model.table.detach()
 
     def closure():
@@ -131,18 +147,28 @@ def test_nce_learns_that_optimum_from_anywhere():
     assert (first[0] - first[1]).item() == pytest.approx((of_data[0] - of_data[1]) - (of_q[0] - of_q[1]), abs=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"rao_blackwell": True}, {"recent_tokens": 0}, {"energy_steps": "last"}, {"energy_steps": "post"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rao_blackwell": True}, {"recent_tokens": 0}, {"energy_steps": "last"}, {"energy_steps": "post"}],
+    ids=str,
+)
 def test_noise_is_kl_without_its_energy(settings):
     """By its own words: φ is the NLL or, under Rao-Blackwell, nothing; weights are flat; counts match."""
     model = TabularModel(seed=3)
     negatives = [(1, 0), (2, 2, 0), (1, 1, 1), (0,), (1, 2, 0)], torch.tensor([0, 0, 1, 1, 0])
     post = settings.get("energy_steps") == "post"
     loss = found(model, noise, negatives=negatives, **settings).loss
-    steps = [energy_steps(EarmSettings(**settings), Scored(*model.energies(*rows, post=post))) for rows in ((DATA, DATA_SOURCES), negatives)]
+    steps = [
+        energy_steps(EarmSettings(**settings), Scored(*model.energies(*rows, post=post)))
+        for rows in ((DATA, DATA_SOURCES), negatives)
+    ]
     expected = torch.zeros((), dtype=torch.float64)
     for k in range(steps[0].mask.size(1)):
         (data, nll), (model_rows, own) = (
-            (s.mask[:, k], s.history[:, k] + (0 if side and settings.get("rao_blackwell") else s.phi[:, k] + s.logsumexp[:, k]))
+            (
+                s.mask[:, k],
+                s.history[:, k] + (0 if side and settings.get("rao_blackwell") else s.phi[:, k] + s.logsumexp[:, k]),
+            )
             for side, s in enumerate(steps)
         )
         if model_rows.any():
@@ -159,7 +185,12 @@ def test_noise_descends_the_likelihood_given_that_a_step_is_reached(rao_blackwel
     loss = found(model, noise, rao_blackwell=rao_blackwell, baseline=baseline).loss
     expected = nll_terms(*model.energies(DATA, DATA_SOURCES))
     for k in range(3):
-        reached = [model.log_q(source, p).exp() for source in (0, 1) for p in model.prefixes if len(p) == k and not model.is_complete(p)]
+        reached = [
+            model.log_q(source, p).exp()
+            for source in (0, 1)
+            for p in model.prefixes
+            if len(p) == k and not model.is_complete(p)
+        ]
         expected = expected + sum(len(row) > k for row in DATA) * torch.stack(reached).mean().log()
     assert relative_error(gradient(loss, model), gradient(expected, model)) < 1e-12
 
@@ -195,7 +226,9 @@ def test_what_no_negative_reaches_is_left_out_without_a_nan(objective):
     grad = gradient(loss.loss, model)
     assert loss.data_steps == len(DATA) and torch.isfinite(grad).all() and torch.isfinite(loss.loss)
     nobody = Scored(TokenEnergies(torch.randn(1, 2), torch.randn(1, 2)), torch.zeros(1, 2, dtype=torch.bool))
-    data = Scored(TokenEnergies(torch.randn(2, 2).requires_grad_(), torch.randn(2, 2)), torch.ones(2, 2, dtype=torch.bool))
+    data = Scored(
+        TokenEnergies(torch.randn(2, 2).requires_grad_(), torch.randn(2, 2)), torch.ones(2, 2, dtype=torch.bool)
+    )
     alone = objective(contrast(EarmSettings(baseline=True), data, nobody))
     [grad] = torch.autograd.grad(alone.loss, data.energies.logsumexp)
     assert torch.isfinite(alone.loss) and torch.isfinite(grad).all()
@@ -209,4 +242,6 @@ def test_gradients_of_nce_are_those_of_its_value():
         data, negatives = (Scored(TokenEnergies(*pair), mask) for pair in (energies[:2], energies[2:]))
         return nce(contrast(EarmSettings(), data, negatives)).loss
 
-    assert torch.autograd.gradcheck(loss, [torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(4)])
+    assert torch.autograd.gradcheck(
+        loss, [torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    )

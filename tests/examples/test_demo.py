@@ -90,7 +90,8 @@ def test_folder_of_someone_else_is_left_alone(tmp_path):
 def fake_results(earm, control, dv=0.1):
     """Results of three seeds in which every metric of a model has the same values."""
     keys = {metric.key for metric in report.METRICS} | {"joint_gain"}
-    values = {"base": [5.0] * 3, "ce": [4.0, 4.1, 4.2], "ce-time": control, "control": control, "noise": control, "earm": earm}
+    values = {"base": [5.0] * 3, "ce": [4.0, 4.1, 4.2], "earm": earm}
+    values.update({name: control for name in ("ce-time", "control", "noise")})
     results = {name: {key: list(v) for key in keys} for name, v in values.items()}
     del results["noise"]["bleu_reranked"]
     for key in ("dv", "dv_per_source"):

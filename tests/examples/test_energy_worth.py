@@ -1,4 +1,5 @@
 """The experiment on the energy's worth: its plan, a small run of it from end to end, and its statistics."""
+
 import argparse
 import json
 import os
@@ -46,7 +47,9 @@ def test_every_branch_has_flags_that_the_criterion_takes(name):
 def test_every_corpus_has_the_controls_of_its_energies():
     for name, corpus in worth_plan.CORPORA.items():
         assert set(corpus.branches) <= set(worth_plan.BRANCHES)
-        assert {"likelihood", "noise", "flat 1"} <= set(corpus.branches) and not set(corpus.tuning_seeds) & set(corpus.fresh_seeds)
+        assert {"likelihood", "noise", "flat 1"} <= set(corpus.branches) and not set(corpus.tuning_seeds) & set(
+            corpus.fresh_seeds
+        )
         if any("--earm-dropout" in worth_plan.BRANCHES[branch].flags for branch in corpus.branches):
             assert {"likelihood, off", "noise, off", "flat 1, off"} <= set(corpus.branches), name
 
@@ -61,7 +64,8 @@ import worth_plan
 
 corpus = worth_plan.synthetic(60, 0.1, 2, 2, ("likelihood", "noise, none, flipped", "kl, full, off"))
 worth.CORPORA["small"] = worth_plan.CORPORA["small"] = replace(
-    corpus, flags=[*corpus.flags, "--log-interval", "1"], rates=(1e-3,), tuning_seeds=(1,), fresh_seeds=(3, 4), samples=2
+    corpus, flags=[*corpus.flags, "--log-interval", "1"], rates=(1e-3,), tuning_seeds=(1,), fresh_seeds=(3, 4),
+    samples=2,
 )
 worth.HELD_OUT = 12
 if __name__ == "__main__":  # commands are forked from a server that imports this file too
@@ -74,8 +78,17 @@ def test_a_small_run_tunes_confirms_and_goes_on_where_it_was(tmp_path):
     script.write_text(SCRIPT.format(folder=str(FOLDER)))
 
     def run(*arguments):
-        command = [sys.executable, str(script), *arguments, str(tmp_path / "out"), "--results", str(tmp_path / "results")]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            str(script),
+            *arguments,
+            str(tmp_path / "out"),
+            "--results",
+            str(tmp_path / "results"),
+        ]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
     early = run("confirm", "small")
     assert early.returncode != 0 and "not tuned yet; run worth.py tune first" in early.stderr
@@ -92,7 +105,9 @@ def test_a_small_run_tunes_confirms_and_goes_on_where_it_was(tmp_path):
         if row["seed"] != 1:
             assert np.mean(row["sentences"]["nll"]) == pytest.approx(row["nll"], abs=1e-3)
             assert np.mean(row["sentences"]["joint_nll"]) == pytest.approx(row["joint_nll"], abs=1e-3)
-        assert (row["training_dv"] is None) == (row["branch"] == "likelihood") and row["kl"] == pytest.approx(row["nll"] - row["true_nll"], abs=1e-3)
+        assert (row["training_dv"] is None) == (row["branch"] == "likelihood") and row["kl"] == pytest.approx(
+            row["nll"] - row["true_nll"], abs=1e-3
+        )
     stamps = {path: path.stat().st_mtime_ns for path in files}
     files[0].unlink()
     assert run("confirm" if "seed1" not in files[0].name else "tune", "small").returncode == 0
@@ -112,7 +127,9 @@ def test_the_interval_is_over_seeds_and_sentences():
     assert found.mean == pytest.approx((ours - control).mean())
     per_seed = stats.ttest_1samp((ours - control).mean(1), 0).confidence_interval()
     per_sentence = stats.ttest_1samp((ours - control).mean(0), 0).confidence_interval()
-    assert found.half > max((interval.high - interval.low) / 2 * share for interval, share in ((per_seed, 0.6), (per_sentence, 1.0)))
+    assert found.half > max(
+        (interval.high - interval.low) / 2 * share for interval, share in ((per_seed, 0.6), (per_sentence, 1.0))
+    )
     assert found.half < sum((interval.high - interval.low) / 2 for interval in (per_seed, per_sentence))
     assert worth_verdict.difference(rows_of("a", [1], ours), rows_of("b", [1], control), "nll") is None
 
@@ -135,15 +152,26 @@ def test_rates_are_chosen_on_tuning_seeds_and_controls_by_validation_data():
     corpus = replace(worth_plan.CORPORA["multi30k"], tuning_seeds=(1, 2))
     rows = [
         {"branch": branch, "rate": rate, "seed": seed, "valid_joint_nll": nll + 0.1 * seed}
-        for branch, rate, nll in [("likelihood", 1e-3, 3.0), ("likelihood", 1e-4, 2.0), ("noise", 1e-3, 1.0), ("kl, full", 1e-3, 0.5)]
+        for branch, rate, nll in [
+            ("likelihood", 1e-3, 3.0),
+            ("likelihood", 1e-4, 2.0),
+            ("noise", 1e-3, 1.0),
+            ("kl, full", 1e-3, 0.5),
+        ]
         for seed in (1, 2)
     ]
     rows += [{"branch": "noise", "rate": 1e-4, "seed": 1, "valid_joint_nll": 0.0}]  # one of two seeds: not comparable
     rows += [{"branch": "likelihood", "rate": 1e-3, "seed": 3, "valid_joint_nll": -9.0}]  # fresh seeds choose nothing
-    rows += [{"branch": "cross-entropy, 2.5 x updates", "rate": 1e-3, "seed": seed, "valid_joint_nll": -9.0} for seed in (1, 2)]
+    rows += [
+        {"branch": "cross-entropy, 2.5 x updates", "rate": 1e-3, "seed": seed, "valid_joint_nll": -9.0}
+        for seed in (1, 2)
+    ]
     best = worth_verdict.best_rates(corpus, rows)
     assert {branch: rate for branch, (_, rate) in best.items()} == {
-        "likelihood": 1e-4, "noise": 1e-3, "kl, full": 1e-3, "cross-entropy, 2.5 x updates": 1e-3,
+        "likelihood": 1e-4,
+        "noise": 1e-3,
+        "kl, full": 1e-3,
+        "cross-entropy, 2.5 x updates": 1e-3,
     }
     assert worth_verdict.best_control(best) == "noise"
 
