@@ -81,8 +81,9 @@ class Integers(np.ndarray):
     """An array of a checkpoint, the counts of `--eval-bleu`; written down again it is a plain one.
 
     numpy's own classes do as a pickle tells them, to the point of taking a file's bytes for the addresses of objects. This one
-    takes integers of 64 bits, as many as its shape says, and takes them once: numpy frees an array's memory when it sets a
-    second state, also where a tensor of the same checkpoint, made by torch's own functions, stands on that memory.
+    takes integers of 64 bits, as many as its shape says, and takes them once: numpy frees an array's memory when it
+    sets a second state, also where a tensor of the same checkpoint, made by torch's own functions, stands on that
+    memory.
     """
 
     def __new__(cls):

@@ -28,10 +28,10 @@ CHECKSUM_BYTES = 4  # a CRC-32 at the end of each part
 class StoreWriter:
     """Writes one shard, chunk by chunk; a context in which no other process can write the same.
 
-    Each chunk becomes a file of its own in the folder `PATH.parts`, whole or not at all: it is written under another name,
-    synced and renamed, and ends with a checksum that covers the settings. `finish` puts them together. What lies there
-    when the same command is started again is kept, unless it was damaged. The context looks again at what is there, under
-    its lock: another process may have begun or finished the shard in the meantime.
+    Each chunk becomes a file of its own in the folder `PATH.parts`, whole or not at all: it is written under another
+    name, synced and renamed, and ends with a checksum that covers the settings. `finish` puts them together. What lies
+    there when the same command is started again is kept, unless it was damaged. Within its lock the context looks again
+    at what is there: another process may have begun or finished the shard in the meantime.
 
     Args:
         path: --output.
@@ -147,7 +147,7 @@ class StoreWriter:
         self._whole.add(first)
 
     def finish(self) -> None:
-        """Put all parts together, if no other process did. The record is written last, and then the parts are removed."""
+        """Put all parts together, if no other process did. The record is written last, then the parts are removed."""
         if self.finished:
             return
         with self._clear_errors():
@@ -162,7 +162,7 @@ class StoreWriter:
 
     def remove_parts(self) -> None:
         """Remove what is ours in the folder of parts, and the folder if nothing else is in it."""
-        for name in filter(OURS.fullmatch, self._names()):
+        for name in sorted(filter(OURS.fullmatch, self._names())):  # parts before the settings that say what they are
             with contextlib.suppress(FileNotFoundError):  # another process removes them too
                 os.remove(self._inside(name))
         with contextlib.suppress(OSError):
