@@ -30,10 +30,11 @@ import operators  # noqa: E402
 import reranking  # noqa: E402
 import sampler  # noqa: E402
 import update  # noqa: E402
+import ways  # noqa: E402
 from tables import DTYPES, Setting, show  # noqa: E402
 from timing import be_quiet, machine  # noqa: E402
 
-MODULES = (update, sampler, operators, bf16, reranking, offline, growth, loss_head)
+MODULES = (update, ways, sampler, operators, bf16, reranking, offline, growth, loss_head)
 TABLES = {module.__name__: module.TABLE for module in MODULES}
 
 

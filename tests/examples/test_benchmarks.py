@@ -20,6 +20,7 @@ import stages  # noqa: E402
 import tables  # noqa: E402
 import timing  # noqa: E402
 import update  # noqa: E402
+import ways  # noqa: E402
 from floor import MatrixProducts  # noqa: E402
 
 from fairseq_earm.ebm import products  # noqa: E402
@@ -84,6 +85,12 @@ def test_updates(table, tiny):
         assert sum(row.get(stage, 0) for stage in update.STAGES) == pytest.approx(row["seconds"], rel=0.2)
 
 
+def test_ways_to_train(table):
+    rows = table("ways", cases=[["small", VOCABULARY, 40]])
+    assert [row["update"] for row in rows] == list(ways.WAYS)
+    assert rows[0]["of cross-entropy's"] == 1 and all(row["seconds"] > 0 for row in rows)
+
+
 def test_samplers(table, tiny):
     trained = ["--checkpoint", tiny.a, "--data", tiny.data]
     rows = table("sampler", *trained, sizes=["small"], vocabulary=VOCABULARY, batches=[3], length=LENGTH, mean=3)
@@ -123,7 +130,7 @@ def test_loss_heads(table):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["samplers"], "no table 'samplers': there are update, sampler"),
+        (["samplers"], "no table 'samplers': there are update, ways, sampler"),
         (["sampler", "--data", "x"], "--checkpoint and --data go together"),
         (["--with", "length=3"], "--with goes with one table"),
     ],
