@@ -226,7 +226,7 @@ def test_half_precision_logits_agree():
 )
 @pytest.mark.parametrize("moving", [False, True])
 def test_losses_of_parts_are_the_loss_of_the_whole(settings, moving):
-    """Parts of very different sizes and lengths, one of them without a negative, as batches of several workers."""
+    """Parts of very different sizes, lengths and limits, one of them without a negative, as batches of several workers."""
     model = TabularModel(seed=2)
     post = settings.get("energy_steps") == "post"
     sequences, sources = model.exact_batch()
@@ -240,13 +240,23 @@ def test_losses_of_parts_are_the_loss_of_the_whole(settings, moving):
         energies, mask = model.energies(own, sources[::3][list(negative_rows) or [0]], post=post)
         return (*data, energies, mask & (len(negative_rows) > 0))
 
-    whole = earm_loss(*phases(range(len(DATA)), range(len(negatives))), **settings, **normaliser)
-    parts = [phases(*cut) for cut in cuts]
+    def limits_of(negative_rows):
+        own = [negatives[i] for i in negative_rows] or negatives[:1]
+        return {"limits": torch.tensor([len(sequence) + sum(sequence) % 2 for sequence in own])}
+
+    everything = range(len(DATA)), range(len(negatives))
+    whole = earm_loss(*phases(*everything), **settings, **normaliser, **limits_of(everything[1]))
+    parts, limits = [phases(*cut) for cut in cuts], [limits_of(rows) for _, rows in cuts]
     longest = max(mask.size(1) for part in parts for mask in part[1::2])
     whole_settings = EarmSettings(**settings)
-    own = [batch_statistics(whole_settings, part[1], Scored(*part[2:]), steps=longest) for part in parts]
+    own = [
+        batch_statistics(whole_settings, part[1], Scored(*part[2:]), steps=longest, **limit)
+        for part, limit in zip(parts, limits)
+    ]
     joint = join_statistics(StepStatistics(*(torch.cat(each) for each in zip(*own))))
-    found = [earm_loss(*part, **settings, **normaliser, statistics=joint) for part in parts]
+    found = [
+        earm_loss(*part, **settings, **normaliser, **limit, statistics=joint) for part, limit in zip(parts, limits)
+    ]
 
     loss = sum(each.loss for each in found)
     assert loss.item() == pytest.approx(whole.loss.item(), abs=1e-12)
