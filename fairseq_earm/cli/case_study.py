@@ -13,6 +13,7 @@ from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.case_page import Case, Piece, Translation, case_page, disagreement
 from fairseq_earm.evaluation.generated import is_generated, read_generated, text_lines
 from fairseq_earm.evaluation.translate import Translator, fitting, open_translators
+from fairseq_earm.sampling.scoring import check_post_step
 
 # Sentences translated for each one shown, where those are shown that the systems differ on.
 POOL = 10
@@ -199,6 +200,8 @@ def _pieces(
     eos = dictionary.eos()
     ends = [eos, eos] if args.energy_step == "post" else [eos]
     rows = [[*tokens[index], *ends] for index in shown]
+    if args.energy_step == "post":
+        check_post_step(translator.model.decoder, max(map(len, rows)))
     found = {}
     for index, row, scores in zip(shown, rows, translator.score(shown, rows, rows)):
         added = [*joined[index], *([""] * len(ends))]

@@ -12,6 +12,7 @@ import torch
 from fairseq.data import Dictionary
 
 from fairseq_earm.errors import UsageError, reason
+from fairseq_earm.evaluation.data_folder import check_data_folder
 from fairseq_earm.evaluation.whole_file import is_device, whole_file
 
 
@@ -33,8 +34,9 @@ def text_dictionary(data: str) -> Dictionary:
     """The dictionary of a folder with text of one language.
 
     Raises:
-        UsageError: the folder has none, or a damaged one.
+        UsageError: the folder has none, or a damaged one; there is no such folder, or several are named.
     """
+    check_data_folder(data)
     path = os.path.join(data, "dict.txt")
     if not os.path.isfile(path):
         raise UsageError(f"{data} has no dict.txt: give a folder that fairseq-preprocess --only-source wrote")

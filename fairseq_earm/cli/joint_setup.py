@@ -12,6 +12,7 @@ from fairseq.models import FairseqEncoderDecoderModel
 
 from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.data_folder import check_data_folder
 from fairseq_earm.evaluation.joint_models import (
     LanguageJoint, OwnLanguageEnergies, TranslationJoint, network_energies, own_energies,
 )
@@ -22,6 +23,7 @@ from fairseq_earm.sampling.ancestral import AncestralSampler, max_lengths
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.blocks import load_blocks
 from fairseq_earm.sampling.frozen import FrozenModel, load_frozen
+from fairseq_earm.sampling.scoring import check_post_step
 from fairseq_earm.tasks.residual_language_modeling import ResidualLanguageModelingTask
 from fairseq_earm.tasks.residual_translation import ResidualTranslationTask
 
@@ -39,6 +41,7 @@ class Measured(NamedTuple):
         indices: the sequences' numbers in the split, ascending.
         item: number → what the model takes.
         skipped: sequences of the split left out because of their length.
+        cut: how many of `indices` are longer sentences that lost their end.
         conditions: what the figures are conditioned on, in a sentence or two.
         data: what tells the sequences from others, JSON values by name.
     """
@@ -47,6 +50,7 @@ class Measured(NamedTuple):
     indices: List[int]
     item: Callable[[int], Any]
     skipped: int
+    cut: int
     conditions: str
     data: dict
 
@@ -57,8 +61,7 @@ def open_measured(args: argparse.Namespace) -> Measured:
     Raises:
         UsageError: whatever does not exist, does not fit together, or leaves nothing to measure.
     """
-    if not os.path.isdir(args.data):
-        raise UsageError(f"{args.data}: there is no such folder; give the one that fairseq-preprocess wrote")
+    check_data_folder(args.data)
     if os.path.isfile(os.path.join(args.data, "dict.txt")):
         return _language(args)
     return _translation(args)
@@ -101,6 +104,7 @@ def _language(args: argparse.Namespace) -> Measured:
         indices,
         lambda index: blocks[index].to(device(args)),
         blocks.skipped,
+        int(blocks.cut[indices].sum()),
         _language_conditions(prefix, length, break_mode),
         {"text_sha256": text, "prefix_length": prefix, "sequence_length": length},
     )
@@ -157,6 +161,8 @@ def _translation(args: argparse.Namespace) -> Measured:
         raise UsageError(f"--path {args.path} is a {type(base).__name__}: for pairs of sentences give an encoder-decoder model")
     dataset, kept = _pairs(args, task, base)
     indices = [kept[i] for i in spread(len(kept), args.max_sequences)]
+    if args.energy_step == "post":
+        check_post_step(base.decoder, int(torch.as_tensor(dataset.tgt_sizes)[indices].max()) + 1)
     sampler = AncestralSampler(task.target_dictionary, max_len_a=args.max_len_a, max_len_b=args.max_len_b)
     model = TranslationJoint(base, _translation_energies(args, task, base), sampler, chunk=args.batch_size)
 
@@ -165,7 +171,7 @@ def _translation(args: argparse.Namespace) -> Measured:
         return utils.move_to_cuda(batch) if device(args).type == "cuda" else batch
 
     return Measured(
-        model, indices, item, len(dataset) - len(kept),
+        model, indices, item, len(dataset) - len(kept), 0,
         f"A source sentence is given, and the whole translation predicted, end-of-sentence included. Samples have at most "
         f"{args.max_len_a:g} times the source's length plus {args.max_len_b} tokens, which {_too_long(args, dataset, indices, base)} "
         "of the translations exceed. Padding has no probability.",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fairseq_earm.cli.common import check_json, check_seed, device, dtype, text_dictionary, text_task, write_json
 from fairseq_earm.ebm.marginal import next_token
-from fairseq_earm.errors import UsageError
+from fairseq_earm.errors import UsageError, one_line
 from fairseq_earm.joint_generation import DEFAULT_TOKENS, chunk_of, draw_candidates, finite
 from fairseq_earm.models.load_energy import load_energy, report_other_base
 from fairseq_earm.sampling.base_lm import load_base_lm
@@ -164,14 +164,14 @@ def _report(args: argparse.Namespace, dictionary: Dictionary, prefix: Tensor, re
 
 
 def _table(report: dict) -> str:
-    rows: List[dict] = report["tokens"]
+    rows: List[dict] = [{**row, "token": one_line(row["token"])} for row in report["tokens"]]
     width = max(5, *(len(row["token"]) for row in rows))
     how = "exact: the sequence ends here"
     if report["rest"]:
         how = f"from {report['samples']} continuations of {report['rest']} tokens each"
     share = f"{report['base_share_of_k']:.1%} of the base's probability"
     lines = [
-        f"after: {report['prefix']}",
+        f"after: {one_line(report['prefix'])}",
         f"joint: {how}. Both columns are out of these {len(rows)} tokens, {share}.",
         "",
         f"{'token':<{width}} {'base':>8} {'joint':>8} {'± s.e.':>8} {'joint/base':>11}",

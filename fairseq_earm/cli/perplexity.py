@@ -18,6 +18,7 @@ from fairseq_earm.cli.joint_setup import MAX_LEN_A, MAX_LEN_B, Measured, numbers
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
 from fairseq_earm.evaluation.work_file import WorkFile, open_work
+from fairseq_earm.sampling.blocks import cut_note
 from fairseq_earm.sampling.frozen import file_hash
 from fairseq_earm.sampling.store_settings import BREAK_MODES, DTYPES
 
@@ -37,6 +38,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         report = {
             "conditions": measured.conditions,
             "skipped": measured.skipped,
+            "cut": measured.cut,
             **summarize(records, args.samples, per_step=args.per_step),
             "settings": {"path": args.path, "energy_path": args.energy_path, **settings},
         }
@@ -144,8 +146,10 @@ def _measure(args: argparse.Namespace, measured: Measured, index: int) -> dict:
 
 def _table(report: dict) -> str:
     lines = [report["conditions"]]
-    skipped = f"; {report['skipped']:,} of another length skipped" if report["skipped"] else ""
-    lines += [f"{report['sequences']:,} sequences, {report['tokens']:,} predicted tokens{skipped}. Perplexity per token:", ""]
+    left_out = f"; {report['skipped']:,} of another length skipped" if report["skipped"] else ""
+    left_out += cut_note(report["cut"])
+    counts = f"{report['sequences']:,} sequences, {report['tokens']:,} predicted tokens"
+    lines += [f"{counts}{left_out}. Perplexity per token:", ""]
     bounds = f" {'lower':>10} {'upper':>10} {'gain, nats':>12}" if "joint" in report else ""
     lines += [f"{'':<24}{bounds}".rstrip(), _row("base", *[report["base"]["perplexity"]] * (2 if bounds else 1))]
     for row in report.get("joint", []):

@@ -23,7 +23,7 @@ from fairseq_earm.cli import sample_images
 from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.base_lm import load_base_lm
-from fairseq_earm.sampling.blocks import Blocks, load_blocks
+from fairseq_earm.sampling.blocks import Blocks, cut_note, load_blocks
 from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.frozen import file_hash
 from fairseq_earm.sampling.store_settings import BREAK_MODES, DTYPES, SETTINGS, dictionary_hash, shard_sequences
@@ -58,7 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         _draw_missing(writer, blocks, _continue(args, model, dictionary))
         writer.finish()
     prefixes = len(shard_sequences(settings))
-    skipped = f"{blocks.skipped:,} shorter sequences skipped"
+    skipped = f"{blocks.skipped:,} shorter sequences skipped{cut_note(int(blocks.cut.sum()))}"
     print(f"{writer.prefix}: {args.samples} samples for each of {prefixes:,} prefixes; {skipped}")
 
 

@@ -18,9 +18,11 @@ from fairseq_earm.cli.joint_setup import Measured, numbers, open_measured, sprea
 from fairseq_earm.ebm.partition import log_partition
 from fairseq_earm.ebm.weights import effective_sample_size, resample
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.data_folder import check_data_folder
 from fairseq_earm.evaluation.residual import measure_sequence, sequence_seed, summarize
 from fairseq_earm.evaluation.text_analysis import ORDERS, summarize_texts
 from fairseq_earm.joint_generation import draw_candidates, finite
+from fairseq_earm.sampling.blocks import cut_note
 from fairseq_earm.sampling.continuation import ContinuationSampler
 from fairseq_earm.sampling.frozen import file_hash
 from fairseq_earm.sampling.store_settings import BREAK_MODES, DTYPES
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
+    check_data_folder(args.data)
     if not os.path.isfile(os.path.join(args.data, "dict.txt")):
         raise UsageError(f"{args.data} has no dict.txt: give a folder that fairseq-preprocess --only-source wrote")
     for name, least in (("max_sequences", 1), ("energy_candidates", 2), ("perplexity_sequences", 1), ("batch_size", 1)):
@@ -202,6 +205,7 @@ def _report(args: argparse.Namespace, measured: Measured, drawn: List[Drawn], pe
         "conditions": measured.conditions,
         "sequences": len(drawn),
         "skipped": measured.skipped,
+        "cut": measured.cut,
         **summarize_texts(texts, log_probs),
         "log_z": {"lower": lower, "upper": upper},
         "effective_sample_size": {"mean": sum(sizes) / len(sizes), "least": min(sizes)},
@@ -236,8 +240,8 @@ def _table(report: dict) -> str:
     candidates = report["settings"]["energy_candidates"]
     lines = [
         report["conditions"],
-        f"{report['sequences']} prefixes; joint samples out of {candidates} candidates, effective sample size "
-        f"{size['mean']:.1f} (least {size['least']:.1f})",
+        f"{report['sequences']} prefixes{cut_note(report['cut'])}; joint samples out of {candidates} candidates, "
+        f"effective sample size {size['mean']:.1f} (least {size['least']:.1f})",
         "",
         f"{'':<14} {'distinct n-grams, %':>23}   {'log-probability, nats (minus data ± s.e.)'}",
         f"{'':<14} " + " ".join(f"{f'n = {n}':>7}" for n in ORDERS) + f"   {'base model':<28} joint model",

@@ -94,8 +94,8 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     def _forward_in_rows(self, model, sample):
         """Cross-entropy alone, without ever holding all logits."""
         mask, head = self._mask(sample), self.family.forward(model, sample, energies=False).data
-        loss, nll = self._cross_entropy(head, sample["target"], mask)
-        return self._finish(loss, nll, sample, None, head, mask)
+        seen = self._score(head, sample["target"], mask, smoothed=True)
+        return self._finish(_sum(seen.past, mask), _sum(seen.energies.nll, mask), sample, None, head, mask)
 
     def _forward_with_energy(self, model, sample, weight):
         """One forward of the model on data and negatives; cross-entropy and E-ARM from one logsumexp of each pass."""
@@ -103,8 +103,9 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         samples = self.family.draw(model, sample, self.cfg.earm_negatives) if self._draws() else None
         seconds = time.perf_counter() - started
         passes = self.family.forward(model, sample, samples)
-        cross_entropy, nll = self._cross_entropy(passes.data, sample["target"], mask)
-        data = self._score_data(passes, sample["target"], mask)
+        seen = self._score(passes.data, sample["target"], mask, smoothed=True)
+        cross_entropy, nll = _sum(seen.past, mask), _sum(seen.energies.nll, mask)
+        data = self._score_data(passes, seen, sample["target"], mask)
         if samples is None:
             terms = self._data_control(data)
             values = control_values(terms, energy_steps(self.settings, data).mask)
@@ -122,11 +123,6 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         mask[:, : self.ignore_prefix_size] = False
         return mask
 
-    def _cross_entropy(self, head, target, mask):
-        """Label-smoothed cross-entropy and NLL of the data, summed."""
-        scored = self._score(head, target, mask, smoothed=True)
-        return _sum(scored.past, mask), _sum(scored.energies.nll, mask)
-
     def _score(self, head, tokens, mask, *, smoothed=False) -> Scored:
         """What a pass says at the steps (B, T), or (B, T + 1) with energies read after the last token."""
         epsilon = self.eps if smoothed else 0.0
@@ -134,20 +130,18 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         energies = TokenEnergies(found.logsumexp, found.target_logit)
         if self.post:
             energies, mask = with_post_step(energies, mask)
-        return Scored(
-            energies, mask, smoothed_nll(energies, found.mean_logit, head.vocabulary, epsilon) if smoothed else None
-        )
+        past = smoothed_nll(energies, found.mean_logit, head.vocabulary, epsilon) if smoothed else None
+        return Scored(energies, mask, past)
 
-    def _score_data(self, passes, target, mask) -> Scored:
-        """The data's energies, at the steps that negatives are held against."""
-        with_dropout, without = passes.teacher_forced, passes.without_dropout
-        smoothed = self.cfg.earm_smooth_history
-        scored = self._score(with_dropout if without is None else without, target, mask, smoothed=smoothed)
-        if without is not None and self.cfg.earm_dropout == "energy-off":
-            copies, lse = self._score(with_dropout, target, mask, smoothed=smoothed), scored.energies.logsumexp
-            scored = copies._replace(energies=TokenEnergies(lse, lse - copies.energies.nll))
-        pick = self.family.contrasted
-        past = None if scored.past is None else pick(scored.past)
+    def _score_data(self, passes, seen: Scored, target, mask) -> Scored:
+        """The data's energies, at the steps that negatives are held against; `seen` is what cross-entropy sees."""
+        smoothed, pick = self.cfg.earm_smooth_history, self.family.contrasted
+        repeated = passes.without_dropout if self.cfg.earm_dropout == "off" else passes.teacher_forced
+        scored = seen if repeated is passes.data else self._score(repeated, target, mask, smoothed=smoothed)
+        if self.cfg.earm_dropout == "energy-off":
+            lse = self._score(passes.without_dropout, target, mask).energies.logsumexp
+            scored = scored._replace(energies=TokenEnergies(lse, lse - scored.energies.nll))
+        past = pick(scored.past) if smoothed else None
         return Scored(TokenEnergies(*map(pick, scored.energies)), pick(scored.mask), past)
 
     def _data_control(self, data: Scored):

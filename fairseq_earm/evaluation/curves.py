@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -18,6 +17,7 @@ RUN_COLOURS = (
 )
 INK = "#010203"  # stands for the page's own text colour
 MOST_POINTS, MOST_MARKERS = 400, 30
+LARGEST = 1e100  # matplotlib's axes overflow at numbers not much larger
 
 
 def training_curves(
@@ -108,7 +108,7 @@ def _figure(panels: int):
 
 
 def _draw_runs(axis, runs: Sequence[Points], label: str, colour) -> None:
-    runs = [(x, y) for x, y in runs if x]
+    runs = [(x, y) for x, y in map(drawable, runs) if x]
     mean = _mean(runs) if len(runs) > 1 else ([], [])
     few = all(len(x) <= MOST_MARKERS for x, _ in runs)
     name, style = _literally(label), {"color": colour, "marker": "." if few else None}
@@ -148,7 +148,7 @@ class Curve(NamedTuple):
     """One line of a panel.
 
     Attributes:
-        points: x and y; what is not finite is left out.
+        points: x and y; what is not `drawable` is left out.
         colour: of its run, see `RUN_COLOURS`.
         style: matplotlib's: "-" or "--", or "o-" with its points marked.
     """
@@ -174,7 +174,7 @@ def panel(
     with plt.rc_context({**ink, "svg.fonttype": "none", "svg.hashsalt": "panel", "font.size": 9}):
         figure, axis = plt.subplots(figsize=(4.0, 2.6), layout="constrained")
         for curve in curves:
-            x, y = thinned(*_finite(curve.points))
+            x, y = thinned(*drawable(curve.points))
             dots = {"marker": "."} if len(x) <= MOST_MARKERS and not set(curve.style) & set("osv^") else {}
             axis.plot(x, y, curve.style, color=curve.colour, linewidth=1.4, markersize=4, **dots)
         for x, colour in entries:
@@ -197,7 +197,7 @@ def panel(
 
 
 def _spans_decades(curves: Sequence[Curve]) -> bool:
-    values = [y for curve in curves for y in _finite(curve.points)[1]]
+    values = [y for curve in curves for y in drawable(curve.points)[1]]
     return min(values) > 0 and max(values) > 10 * min(values)
 
 
@@ -209,7 +209,7 @@ def _for_pages(svg: str) -> str:
 
 def settled_range(curves: Sequence[Curve]) -> Optional[Tuple[float, float]]:
     """What all curves lie within after the first tenth of the updates; None where that is not much less than the whole."""
-    points = [point for curve in curves for point in zip(*_finite(curve.points))]
+    points = [point for curve in curves for point in zip(*drawable(curve.points))]
     last = max(x for x, _ in points)
     early, late = ([y for x, y in points if (x >= last / 10) == after] for after in (False, True))
     low, high = min(late), max(late)
@@ -218,8 +218,9 @@ def settled_range(curves: Sequence[Curve]) -> Optional[Tuple[float, float]]:
     return (low - margin, high + margin) if high > low and whole > 2.5 * (high - low) else None
 
 
-def _finite(points: Points) -> Points:
-    kept = [(x, y) for x, y in zip(*points) if math.isfinite(y)]
+def drawable(points: Points) -> Points:
+    """The points without those that are not finite, or so large that no axis reaches them."""
+    kept = [(x, y) for x, y in zip(*points) if abs(x) <= LARGEST and abs(y) <= LARGEST]  # of NaN neither is true
     return [x for x, _ in kept], [y for _, y in kept]
 
 

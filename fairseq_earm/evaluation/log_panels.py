@@ -1,11 +1,11 @@
 """What training logs, panel by panel: which keys, in which unit, and what to look for."""
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Tuple
 
-from fairseq_earm.evaluation.training_log import EPOCHS, INNER, History, cross_entropy_key, is_residual
+from fairseq_earm.evaluation.training_log import EPOCHS, INNER, History, cross_entropy_key, is_residual, logged_names
 
-CROSS_ENTROPY, CRITERION = "cross-entropy", "criterion"  # keys that differ from run to run, see `logged_key`
+CROSS_ENTROPY, CRITERION = "cross-entropy", "criterion"  # keys that differ from run to run, see `logged_keys`
 # Figures of the machine and of the batches, and what other figures say too.
 BOOKKEEPING = {
     "epoch", "update", "num_updates", "loss", "nll_loss", "ppl", "wps", "wpb", "bsz", "clip", "train_wall", "wall", "gb_free",
@@ -128,20 +128,20 @@ PANELS = (
 )
 
 
-def logged_key(history: History, key: str) -> Optional[str]:
-    """The key of the log that a panel's key means for this run; None where the run has nothing to show for it."""
-    records = [record for kind in history for record in history[kind]]
-    keys = {name for record in records for name in record}
+def logged_keys(history: History) -> Dict[str, str]:
+    """The key of the log that each panel's key means for this run; without those for which the run has nothing to show."""
+    names = logged_names(history)
+    keys = {key: key for panel in PANELS for key, _ in panel.lines if key in names}
     residual = is_residual(history)
-    if key == CROSS_ENTROPY:
-        return None if residual or "bits_per_dim" in keys else cross_entropy_key(history)
-    if key == CRITERION:
-        differs = any("nll_loss" in record and record.get("loss") != record["nll_loss"] for record in records)
-        return "loss" if residual or differs else None
-    return key if key in keys else None
+    if not residual and "bits_per_dim" not in names:
+        keys[CROSS_ENTROPY] = cross_entropy_key(history)
+    records = (record for kind in history for record in history[kind])
+    if residual or any("nll_loss" in record and record.get("loss") != record["nll_loss"] for record in records):
+        keys[CRITERION] = "loss"
+    return keys
 
 
 def undrawn_keys(history: History) -> Tuple[str, ...]:
     """What was logged in training, and no panel shows."""
-    drawn = {logged_key(history, key) for panel in PANELS for key, _ in panel.lines} | BOOKKEEPING
-    return tuple(sorted({name for kind in (INNER, EPOCHS) for record in history.get(kind, []) for name in record} - drawn))
+    training = {kind: history.get(kind, []) for kind in (INNER, EPOCHS)}
+    return tuple(sorted(logged_names(training) - set(logged_keys(history).values()) - BOOKKEEPING))

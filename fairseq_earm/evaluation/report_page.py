@@ -1,18 +1,17 @@
 """One page about one or several training runs: settings, curves, results, samples, environment."""
 from __future__ import annotations
 
-import math
 from html import escape
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
-from fairseq_earm.evaluation.curves import RUN_COLOURS, Curve, panel, settled_range
-from fairseq_earm.evaluation.log_panels import PANELS, Panel, logged_key, undrawn_keys
+from fairseq_earm.evaluation.curves import RUN_COLOURS, Curve, drawable, panel, settled_range
+from fairseq_earm.evaluation.log_panels import PANELS, Panel, logged_keys, undrawn_keys
 from fairseq_earm.evaluation.page import figure, page, table
 from fairseq_earm.evaluation.report_tables import environment, settings, summary
 from fairseq_earm.evaluation.run_folder import Run
 from fairseq_earm.evaluation.samples_of_runs import Sample
 from fairseq_earm.evaluation.score_tables import Table
-from fairseq_earm.evaluation.training_log import EPOCHS, INNER, earm_entry, is_residual, series, validated_kinds
+from fairseq_earm.evaluation.training_log import EPOCHS, INNER, earm_entry, is_residual, logged_names, series, validated_kinds
 
 STYLE = """\
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: .5rem 0; list-style: none; }
@@ -58,7 +57,7 @@ def _list(sentences: Sequence[str]) -> str:
 
 def _silences(run: Run) -> List[str]:
     """What a run's log does not hold."""
-    keys = {key for records in run.history.values() for record in records for key in record}
+    keys = logged_names(run.history)
     said = []
     if run.history and "earm_loss" not in keys and not is_residual(run.history):
         said.append("no E-ARM figures logged: a cross-entropy run, or one that E-ARM has not entered yet")
@@ -76,9 +75,10 @@ def _curves(runs: Sequence[Run]) -> str:
         return "<p>No log was found.</p>"
     coloured = [(colour, run.name) for colour, run in zip(RUN_COLOURS, runs) if run.history]
     legend = "\n".join(f'<li><span style="background: {colour}"></span>{escape(name)}</li>' for colour, name in coloured)
-    panels = [drawn for drawn in (_panel(each, runs) for each in PANELS) if drawn]
+    entries, keys = _entries(runs), [logged_keys(run.history) for run in runs]
+    panels = [drawn for drawn in (_panel(each, runs, keys, entries) for each in PANELS) if drawn]
     undrawn = sorted({key for run in runs for key in undrawn_keys(run.history)})
-    entered = "A dotted vertical line marks the first record with E-ARM. " if _entries(runs) else ""
+    entered = "A dotted vertical line marks the first record with E-ARM. " if entries else ""
     said = f'<p class="soft">{entered}{_kinds_drawn(runs)}Long curves show means over stretches.</p>'
     left = f'<p class="soft">Logged, and not drawn: {escape(", ".join(undrawn))}.</p>' if undrawn else ""
     return f'<ul class="legend">\n{legend}\n</ul>\n{said}\n<div class="figures">\n' + "\n".join(panels) + f"\n</div>\n{left}"
@@ -99,23 +99,24 @@ def _entries(runs: Sequence[Run]) -> List[Tuple[float, str]]:
     return [(update, colour) for update, colour in entries if update is not None]
 
 
-def _panel(each: Panel, runs: Sequence[Run]) -> Optional[str]:
+def _panel(
+    each: Panel, runs: Sequence[Run], keys: Sequence[Dict[str, str]], entries: Sequence[Tuple[float, str]]
+) -> Optional[str]:
     """The panel's figure; None where no run has anything for it."""
-    curves = [curve for colour, run in zip(RUN_COLOURS, runs) for curve in _lines(each, run, colour, _kinds(runs))]
+    kinds = _kinds(runs)
+    curves = [curve for colour, run, own in zip(RUN_COLOURS, runs, keys) for curve in _lines(each, run, own, colour, kinds)]
     if not curves:
         return None
     limits = settled_range(curves) if each.settles else None
     cut = " The axis is cut: the beginning lies outside." if limits else ""
-    svg = panel(curves, each.ylabel, zero=each.zero, log=each.log, limits=limits, entries=_entries(runs))
+    svg = panel(curves, each.ylabel, zero=each.zero, log=each.log, limits=limits, entries=entries)
     return f"<div>\n<h3>{escape(each.title)}</h3>\n{figure(svg, each.says + cut)}\n</div>"
 
 
-def _lines(each: Panel, run: Run, colour: str, kinds: Sequence[str]) -> List[Curve]:
+def _lines(each: Panel, run: Run, keys: Dict[str, str], colour: str, kinds: Sequence[str]) -> List[Curve]:
+    """The run's curves in a panel, as far as there is anything to draw."""
     found = []
-    for name, style in each.lines:
-        key = logged_key(run.history, name)
-        if key is None:
-            continue
+    for key, style in [(keys[name], style) for name, style in each.lines if name in keys]:
         train = series(run.history.get(INNER, []), key)
         found.append(Curve(train if train[0] else series(run.history.get(EPOCHS, []), key), colour, style))
         if each.validated:
@@ -123,7 +124,8 @@ def _lines(each: Panel, run: Run, colour: str, kinds: Sequence[str]) -> List[Cur
                 Curve(series(run.history.get(kind, []), key), colour, VALIDATED[number % len(VALIDATED)])
                 for number, kind in enumerate(kinds)
             ]
-    return [curve for curve in found if any(map(math.isfinite, curve.points[1]))]
+    drawn = [curve._replace(points=drawable(curve.points)) for curve in found]
+    return [curve for curve in drawn if curve.points[0]]
 
 
 def _results(results: Sequence[Tuple[str, Sequence[Table]]], unknown: Sequence[str]) -> str:

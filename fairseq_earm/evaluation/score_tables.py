@@ -5,6 +5,8 @@ import re
 import statistics
 from typing import List, NamedTuple, Sequence
 
+from fairseq_earm.errors import CONTROL
+
 # LaTeX takes "[" and "*" after a row's end for options of it.
 LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -49,12 +51,13 @@ def latex_table(table: Table) -> str:
 
 
 def latex(cell: str) -> str:
-    """A cell's text with what LaTeX would take for its own escaped, and signs of numbers set as such."""
+    """A cell's text with what LaTeX would take for its own escaped, and signs of numbers set as such; all on one line."""
+    cell = CONTROL.sub(" ", cell)
     signed = SIGNED.split(cell)
     signs = [f"${sign}$" for sign in SIGNED.findall(cell)] + [""]
     return "".join("".join(LATEX.get(letter, letter) for letter in part) + sign for part, sign in zip(signed, signs))
 
 
 def latex_comment(text: str) -> str:
-    """Lines behind LaTeX's comment sign."""
-    return "\n".join(f"% {line}".rstrip() for line in text.split("\n"))
+    """Lines behind LaTeX's comment sign; a carriage return alone ends a line too, as it does for TeX."""
+    return "\n".join(f"% {line}".rstrip() for line in text.splitlines() or [""])

@@ -1,8 +1,8 @@
 """The history of a training run, from fairseq's logs in any of its formats or from what --tensorboard-logdir wrote.
 
 A history is records by kind: "train_inner" (one an interval), "train" (one an epoch, its average) and one kind for each set
-that was validated, by its name ("valid", "test", …). A record is {"num_updates", "epoch", "loss", …}, all floats. fairseq's
-`loss`, `nll_loss` and `ppl` are in base 2, per token.
+that was validated, by its name ("valid", "test", …). A record is {"num_updates", "epoch", "loss", …}, all floats, and those of
+`PLACES` finite. fairseq's `loss`, `nll_loss` and `ppl` are in base 2, per token.
 """
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import json
 import math
 import os
 import re
+import sys
+from bisect import bisect_left
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from fairseq_earm.errors import UsageError
 
@@ -20,6 +22,7 @@ Record = Dict[str, float]
 History = Dict[str, List[Record]]
 
 INNER, EPOCHS = "train_inner", "train"
+PLACES = ("num_updates", "epoch", "update")  # where in the training a record stands
 # A record as fairseq writes it: JSON; an interval as plain text; the end of an epoch or a validation as plain text.
 JSON_RECORD = re.compile(r"(?:(?<![\w.-])([\w.-]+)[ |:]+)?(\{\".*\})\s*$")
 INTERVAL = re.compile(r"\bepoch (\d{1,9}):\s+(\d{1,15}) / (\d{1,15}) (\w+=.*)$")
@@ -37,36 +40,49 @@ def read_log(path: PathLike) -> History:
     Raises:
         UsageError: the log cannot be read.
     """
+    return _collect(_records(path))
+
+
+def _records(path: PathLike) -> Iterator[Tuple[str, Record]]:
+    """Kind and values of every record of a log, in the order of its lines."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            return _collect(record for line in file for record in [_record(line)] if record)
+            for line in file:
+                record = _record(line)
+                if record:
+                    yield record
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; give a log of fairseq-train") from None
 
 
 def _collect(records: Iterable[Tuple[str, Record]]) -> History:
-    kept: List[Tuple[float, str, Record]] = []
+    """Records in the order they were written, without those that others replace.
+
+    fairseq opens --log-file anew each epoch, and every line comes once more from then on: of the same kind and update the
+    last record counts.
+    """
+    written: List[Tuple[float, str, Record]] = []
     for kind, record in records:
-        update = record.get("num_updates", kept[-1][0] if kept else 0.0)
-        while kept and kept[-1][0] > update:
-            kept.pop()
-        if "num_updates" in record:
-            _drop_same(kept, update, kind)
-        kept.append((update, kind, record))
+        written.append((record.get("num_updates", written[-1][0] if written else 0.0), kind, record))
     history: History = {}
-    for _, kind, record in kept:
-        history.setdefault(kind, []).append(record)
+    newest: Dict[str, float] = {}
+    for update, kind, record in _without_abandoned(written):
+        same = history.setdefault(kind, [])
+        if "num_updates" in record and newest.get(kind) == update:
+            same.pop()
+        same.append(record)
+        newest[kind] = update
     return history
 
 
-def _drop_same(kept: list, update: float, kind: str) -> None:
-    """Forget the record of that update: fairseq opens --log-file anew each epoch, and every line comes once more from then on."""
-    for place in range(len(kept) - 1, -1, -1):
-        if kept[place][0] < update:
-            return
-        if kept[place][1] == kind:
-            del kept[place]
-            return
+def _without_abandoned(written: List[Tuple[float, str, Record]]) -> List[Tuple[float, str, Record]]:
+    """Without records beyond an update from which training was begun again later."""
+    kept, least = [], math.inf
+    for item in reversed(written):
+        if item[0] <= least:
+            least = item[0]
+            kept.append(item)
+    return kept[::-1]
 
 
 def _record(line: str) -> Optional[Tuple[str, Record]]:
@@ -113,13 +129,15 @@ def _from_averages(match) -> Optional[Tuple[str, Record]]:
 
 
 def _numbers(values: Iterable[Tuple[str, object]]) -> Record:
-    """Those values that are numbers, or their text."""
+    """Those values that are numbers, or their text; a long log has each key a million times, and keeps one."""
     found = {}
     for key, value in values:
         try:
-            found[key] = float(value)
+            number = float(value)
         except (TypeError, ValueError, OverflowError):
-            pass
+            continue
+        if key not in PLACES or math.isfinite(number):
+            found[sys.intern(key)] = number
     return found
 
 
@@ -163,12 +181,12 @@ def _steps(scalars: Sequence[tuple]) -> List[Tuple[str, Record]]:
 
 
 def _count_epochs(history: History) -> None:
-    ends = [record["num_updates"] for record in history.get(EPOCHS, [])]
+    ends = sorted(record["num_updates"] for record in history.get(EPOCHS, []))
     if not ends:
         return
     for records in history.values():
         for record in records:
-            record["epoch"] = 1.0 + sum(end < record["num_updates"] for end in ends)
+            record["epoch"] = 1.0 + bisect_left(ends, record["num_updates"])
 
 
 def read_run(paths: Sequence[PathLike]) -> History:
@@ -207,14 +225,21 @@ def find_logs(folder: PathLike) -> List[Path]:
     beside = Path(os.path.abspath(folder) + ".log")
     logs = [path for path in (*folder.glob("*.log"), beside) if path.is_file() and is_training_log(path)]
     if logs:
-        return sorted(logs, key=lambda path: path.stat().st_mtime)
+        return sorted(logs, key=modified)
     return [path for path in (folder, *sorted(folder.iterdir())) if path.is_dir() and event_folders(path)]
+
+
+def modified(path: PathLike) -> float:
+    """When a file was last written to; 0 where that cannot be known: a link to nothing, or a file removed meanwhile."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
 
 
 def is_training_log(path: PathLike) -> bool:
     """Whether there is a record of training in a log."""
-    history = read_log(path)
-    return bool(history.get(INNER) or history.get(EPOCHS))
+    return any(kind in (INNER, EPOCHS) for kind, _ in _records(path))
 
 
 def earm_start(history: History) -> Optional[Record]:
@@ -234,15 +259,19 @@ def validated_kinds(history: History) -> List[str]:
     return [kind for kind in history if kind not in (INNER, EPOCHS)]
 
 
+def logged_names(history: History) -> Set[str]:
+    """The keys that any record has."""
+    return {name for records in history.values() for name in set().union(*records)}
+
+
 def cross_entropy_key(history: History) -> str:
     """Where a run logs its cross-entropy: `nll_loss`, or `loss` where the criterion is cross-entropy itself and logs that alone."""
-    logged = any("nll_loss" in record for records in history.values() for record in records)
-    return "nll_loss" if logged else "loss"
+    return "nll_loss" if "nll_loss" in logged_names(history) else "loss"
 
 
 def is_residual(history: History) -> bool:
     """Whether an energy network was trained by `residual_nce`, whose loss is per sequence."""
-    return any(key.startswith("nce_") for records in history.values() for record in records for key in record)
+    return any(name.startswith("nce_") for name in logged_names(history))
 
 
 def series(records: Sequence[Record], key: str, x: str = "num_updates") -> Tuple[List[float], List[float]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fairseq_earm.ebm.energy import token_energies
 from fairseq_earm.errors import UsageError, reason
+from fairseq_earm.evaluation.data_folder import check_data_folder
 from fairseq_earm.sampling.frozen import first_difference, load_frozen
 from fairseq_earm.sampling.isolation import on_its_own
 from fairseq_earm.sampling.scoring import MAX_LOGITS, decoder_input, full_logits
@@ -146,8 +147,7 @@ def own_task(path: str, data: str, *, flag: str):
     Raises:
         UsageError: no such file or folder, or no dictionaries there that the task takes.
     """
-    if not os.path.isdir(data):
-        raise UsageError(f"{data}: there is no such folder; give the one that fairseq-preprocess wrote")
+    check_data_folder(data)
     if not os.path.isfile(path):
         raise UsageError(f"{flag} {path}: there is no such file; give a checkpoint of fairseq-train")
     try:

@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from fairseq_earm.errors import UsageError
+from fairseq_earm.errors import UsageError, one_line
 from fairseq_earm.models.energy_transformer import EnergyModel
 from fairseq_earm.sampling.frozen import FrozenModel, file_hash, load_frozen
 
@@ -44,4 +44,4 @@ def report_other_base(energy: FrozenModel, energy_path: str, base_path: str) -> 
     if not own or not os.path.isfile(own) or os.path.realpath(own) == os.path.realpath(base_path):
         return
     if file_hash(own, flag=f"--energy-path {energy_path}: its base") != file_hash(base_path, flag="--path"):
-        logger.warning("--path %s is not the base that --energy-path %s was trained on, %s", base_path, energy_path, own)
+        logger.warning("--path %s is not the base that --energy-path %s was trained on, %s", base_path, energy_path, one_line(str(own)))

@@ -21,14 +21,17 @@ class Blocks(FairseqDataset):
     Attributes:
         sizes: (len,) the length of each item, as fairseq's batching wants it.
         skipped: blocks of the text that are left out because they are shorter.
+        cut: (len,) True where the block is a longer sentence, which loses its end.
     """
 
     def __init__(self, blocks: TokenBlockDataset, sequence_length: int):
         bounds = blocks.slice_indices.astype(np.int64)  # its `sizes` overflow with sentences of 65,536 tokens
         self._blocks = blocks
-        self._kept = np.flatnonzero(bounds[:, 1] - bounds[:, 0] >= sequence_length)
+        lengths = bounds[:, 1] - bounds[:, 0]
+        self._kept = np.flatnonzero(lengths >= sequence_length)
         self.sequence_length = sequence_length
         self.skipped = len(blocks) - len(self._kept)
+        self.cut = lengths[self._kept] > sequence_length
         self.sizes = np.full(len(self._kept), sequence_length, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -69,7 +72,7 @@ def load_blocks(
 
     With break mode `none` these are the consecutive blocks of the whole text. Other modes (fairseq's
     `--sample-break-mode`) make blocks of whole sentences: shorter ones are skipped, longer ones lose their end.
-    How many were skipped is logged.
+    How many were skipped, and how many cut, is logged.
 
     Args:
         path_prefix: such as data-bin/train.
@@ -95,8 +98,14 @@ def load_blocks(
         )
     logger.info(
         f"{path_prefix}: {len(kept):,} sequences of {sequence_length} tokens; {kept.skipped:,} shorter ones skipped"
+        f"{cut_note(int(kept.cut.sum()))}"
     )
     return kept
+
+
+def cut_note(cut: int) -> str:
+    """What a message that counts sequences adds about those that lost their end."""
+    return f"; {cut:,} longer sentences lost their end" if cut else ""
 
 
 def _load_text(path_prefix: str, dictionary, dataset_impl: Optional[str], combine: bool):

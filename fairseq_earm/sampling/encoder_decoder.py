@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from fairseq.models.nat import FairseqNATModel
-from fairseq.modules import LearnedPositionalEmbedding
 from torch import Tensor
 
 from fairseq_earm.errors import UsageError
@@ -11,7 +10,7 @@ from fairseq_earm.sampling.family import ModelFamily, Passes, end_of_sentence
 from fairseq_earm.sampling.joint_forward import forward_with_negatives, unwrapped
 from fairseq_earm.sampling.samples import Samples
 from fairseq_earm.sampling.scheduled import keep_teacher_forced
-from fairseq_earm.sampling.scoring import decoder_input, start_tokens
+from fairseq_earm.sampling.scoring import check_post_step, decoder_input, start_tokens
 
 
 class EncoderDecoderFamily(ModelFamily):
@@ -74,7 +73,7 @@ class EncoderDecoderFamily(ModelFamily):
         net_input = {**sample["net_input"], **self.decoder_flags()}
         if not self.post:
             return net_input
-        _check_positions(model.decoder, sample["target"].size(1) + 1)
+        check_post_step(model.decoder, sample["target"].size(1) + 1, flag="--earm-energy-steps")
         starts = start_tokens(sample["net_input"], self.eos)
         return {**net_input, "prev_output_tokens": decoder_input(sample["target"], starts, extra_step=True)}
 
@@ -100,14 +99,4 @@ def _check_max_length(cfg, task) -> None:
     if isinstance(positions, (int, float)) and cfg.earm_max_len_b >= positions:
         raise UsageError(
             f"--earm-max-len-b {cfg.earm_max_len_b}: negatives would exceed the model's {positions} target positions; give less"
-        )
-
-
-def _check_positions(decoder, steps: int) -> None:
-    """Refuse a target that fills all learned positions; computed ones go on without end."""
-    positions = getattr(decoder, "embed_positions", None)
-    if isinstance(positions, LearnedPositionalEmbedding) and steps > positions.max_positions:
-        raise UsageError(
-            f"--earm-energy-steps post: reads one step more than a target has, and the longest one has all "
-            f"{positions.max_positions} positions of the model; leave longer targets out of the data, or use last"
         )

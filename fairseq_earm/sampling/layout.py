@@ -74,15 +74,16 @@ def joint_dictionary(source: Dictionary, target: Dictionary) -> tuple:
 
     Where the two are the same, that is the source's and 0: both languages share their embeddings. Otherwise all of the
     target's symbols come behind the source's, marked, so that the energy network tells a word of one language from its
-    namesake in the other.
+    namesake in the other. A symbol that a dictionary repeats (#fairseq:overwrite) keeps all of its places: tokens are
+    indices, and every one of them needs an embedding.
     """
     if not first_difference(source, target):
         return source, 0
     joint = Dictionary()
     for symbol in source.symbols[joint.nspecial :]:
-        joint.add_symbol(symbol)
+        joint.add_symbol(symbol, overwrite=True)
     for symbol in target.symbols:
-        joint.add_symbol(f"{symbol} (target)")
+        joint.add_symbol(f"{symbol} (target)", overwrite=True)
     return joint, len(source)
 
 

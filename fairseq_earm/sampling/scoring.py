@@ -4,9 +4,11 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 import torch
+from fairseq.modules import LearnedPositionalEmbedding
 from torch import Tensor
 
 from fairseq_earm.ebm.energy import TokenEnergies, last_step, log_mu, token_energies, widen
+from fairseq_earm.errors import UsageError
 
 
 # Logits held at once while sequences are scored: 128 MiB in float32.
@@ -71,6 +73,24 @@ def start_tokens(net_input: dict, eos: int) -> Tensor:
     return torch.full_like(net_input["src_lengths"], eos)
 
 
+def check_post_step(decoder, steps: int, *, flag: str = "--energy-step") -> None:
+    """Refuse the step after a sentence that fills all learned positions; computed positions go on without end.
+
+    Args:
+        steps: most steps that the decoder takes, the one after the last token included.
+        flag: the flag that asks for this step, for messages.
+    Raises:
+        UsageError: the decoder has fewer positions.
+    """
+    positions = getattr(decoder, "embed_positions", None)
+    if isinstance(positions, LearnedPositionalEmbedding) and steps > positions.max_positions:
+        raise UsageError(
+            f"{flag} post: reads one step more than a sentence has, and the longest one fills all "
+            f"{positions.max_positions} positions of the model; leave such sentences out of the data, write shorter "
+            "translations (fairseq-generate --max-len-b), or use last"
+        )
+
+
 def post_tokens(tokens: Tensor) -> Tensor:
     """(R, T + 1) targets (R, T) and any index for the step after the last one."""
     return torch.cat([tokens, tokens[:, -1:]], 1)
@@ -108,6 +128,8 @@ def score_sequences(
         tokens, mask: (R, T) right-padded targets with end-of-sentence, True on real tokens.
         sources: (R,) row of `net_input` that each target belongs to; by default target i belongs to source i.
         energy_step: "last" reads log μ at the last token's step, "post" one step after it.
+    Raises:
+        UsageError: the model has no position for the step after the longest target.
     """
     inputs = {k: v for k, v in net_input.items() if k != "prev_output_tokens"}
     encoder_out = model.encoder(**inputs)
@@ -116,6 +138,8 @@ def score_sequences(
         encoder_out = model.encoder.reorder_encoder_out(encoder_out, sources)
         start = start[sources]
     post = energy_step == "post"
+    if post:
+        check_post_step(model.decoder, tokens.size(1) + 1)
     output = model.decoder(decoder_input(tokens, start, extra_step=post), encoder_out=encoder_out)
     logits = full_logits(model.decoder, output)
     if post:

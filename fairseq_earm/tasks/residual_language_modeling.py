@@ -175,6 +175,7 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
         if self.cfg.negatives == ONLINE:
             self.source = self._online()
         else:
+            _check_one_folder(self.cfg)
             report_idle_proposal(self.cfg)
             self.source = StoredContinuations(self.cfg.base_lm)
 
@@ -201,6 +202,17 @@ class ResidualLanguageModelingTask(ExactBatches, JointSampling, FairseqTask):
         """
         drawn = self.source(sample, count, draw_seed(sample["id"], training=training))
         return prefix_continuation(self.sequences(sample)[:, : self.cfg.prefix_length], drawn)
+
+
+def _check_one_folder(cfg) -> None:
+    """Refuse stored negatives for data whose sequences are others in the next epoch."""
+    folders = utils.split_paths(cfg.data)
+    if len(folders) > 1:
+        raise UsageError(
+            f"--negatives {cfg.negatives}: these samples continue the text of one folder, and {cfg.data} names "
+            f"{len(folders)}; put all of it into one folder, as train, train1, train2 and so on, and make them again, or "
+            "give --negatives online"
+        )
 
 
 def _check_lengths(cfg) -> None:

@@ -63,6 +63,13 @@ def test_the_report_is_about_the_texts_it_writes(text, energy, tmp_path, capsys)
     assert [row["step"] for row in found["perplexity"]["steps"]] == [1, 2, 3, 4]
 
 
+def test_sentences_that_lose_their_end_are_counted(text, energy, tmp_path, capsys):
+    lengths = ["--sample-break-mode", "eos", "--prefix-length", 2, "--sequence-length", 4]
+    found = report(text, energy, tmp_path, *lengths)
+    assert 0 < found["cut"] <= 6
+    assert f"6 prefixes; {found['cut']} longer sentences lost their end; joint samples" in capsys.readouterr().out
+
+
 def test_joint_samples_have_lower_energies_than_base_samples(text, energy, tmp_path):
     found = report(text, energy, tmp_path, "--gen-subset", "train", "--max-sequences", 60)
     log_probs = found["log_probabilities"]
@@ -116,6 +123,7 @@ def test_bad_settings_of_the_report(text, energy, tmp_path):
         (["--perplexity", tmp_path / "file"], {}, "--perplexity .* is not what fairseq-earm-perplexity"),
         (["--output", tmp_path / "file"], {}, "--output .* cannot be made"),
         ([], {"data": tmp_path}, "has no dict.txt"),
+        ([], {"data": f"{text.data}:{text.data}"}, "names 2 folders, and this command reads one"),
         ([], {"base": energy}, "--path .* is a BidirectionalEnergyTransformer"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -114,6 +114,20 @@ def test_the_base_alone(text, tmp_path, capsys):
     assert report["base"]["nll"] == pytest.approx(-scores.mean().item(), abs=5e-3)
 
 
+def test_sentences_that_lose_their_end_are_counted(text, tmp_path, capsys):
+    words = [2] * 6 + [5] * 4 + [8] * 7
+    (tmp_path / "some.txt").write_text("".join(" ".join("a" * count) + "\n" for count in words))
+    where = ["--srcdict", text.data / "dict.txt", "--testpref", tmp_path / "some.txt", "--destdir", tmp_path / "data"]
+    command("preprocess", "--only-source", *where, "--workers", 1)
+    six = ["--sample-break-mode", "eos", "--prefix-length", 0, "--sequence-length", 6, "--json", tmp_path / "out.json"]
+    for limit, cut, note in (([], 7, "; 7 longer sentences lost their end."), (["--max-sequences", 2], 1, "; 1 long")):
+        run(tmp_path / "data", text.base, *six, *limit)
+        printed, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+        assert (report["skipped"], report["cut"]) == (6, cut) and f"; 6 of another length skipped{note}" in printed
+    run(text.data, text.base, *LENGTHS)
+    assert "lost their end" not in capsys.readouterr().out
+
+
 def test_data_read_ahead_give_the_same_figures(text, tmp_path, capsys):
     where = ["--srcdict", text.data / "dict.txt", "--testpref", text.folder / "train.txt", "--destdir", tmp_path]
     command("preprocess", "--only-source", *where, "--dataset-impl", "cached", "--workers", 1)
@@ -204,6 +218,8 @@ def test_bad_input_is_one_clear_line(residual, text, tiny, tmp_path, capsys):
     assert "--max-len-a 1.5 --max-len-b 3: for pairs" in refused(capsys, *alone, "--max-len-b", 3)
     assert "there is no such folder" in refused(capsys, *alone, "--json", tmp_path / "none" / "out.json")
     assert "there is no such folder" in refused(capsys, tmp_path / "none", text.base)
+    for data, base in ((text.data, text.base), (tiny.data, tiny.a)):
+        assert f"{data}:{data} names 2 folders, and this command reads one" in refused(capsys, f"{data}:{data}", base)
     assert "there is no such file" in refused(capsys, text.data, tmp_path / "none.pt", *LENGTHS)
     assert "no such split" in refused(capsys, *alone, "--gen-subset", "none")
     assert "dictionary is not the data's" in refused(capsys, text.data, tiny.a, *LENGTHS)

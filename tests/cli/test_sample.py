@@ -234,6 +234,21 @@ def test_a_folder_without_a_dictionary_is_refused(text, tmp_path):
     assert "has no dict.txt" in refusal(Namespace(data=tmp_path, base=text.base), tmp_path / "out")
 
 
+def test_the_shards_of_a_text_are_refused(text, tmp_path):
+    both = f"{text.data}:{text.data}"
+    message = refusal(Namespace(data=both, base=text.base), tmp_path / "out")
+    assert f"{both} names 2 folders, and this command reads one: give one of them" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_sentences_that_lose_their_end_are_counted(text, tmp_path, capsys):
+    run(text, tmp_path, "--sample-break-mode", "eos", "--prefix-length", 2, "--sequence-length", 6)
+    lengths = [len(line.split()) + 1 for line in (text.folder / "valid.txt").read_text().splitlines()]
+    shorter, longer = sum(length < 6 for length in lengths), sum(length > 6 for length in lengths)
+    printed = capsys.readouterr().out
+    assert longer and f"{shorter} shorter sequences skipped; {longer} longer sentences lost their end" in printed
+
+
 def test_a_checkpoint_that_is_none_is_refused(text, tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     assert "not a checkpoint" in refusal(text, tmp_path / "out", "--path", tmp_path / "text.pt")

@@ -24,7 +24,7 @@ def sentences(text, split="train"):
 def test_blocks_are_the_text_in_order_without_its_remainder(text):
     blocks = load(text)
     everything = torch.cat(sentences(text)).long()
-    assert blocks.skipped == 1 and len(everything) % 12
+    assert blocks.skipped == 1 and len(everything) % 12 and not blocks.cut.any()
     assert torch.equal(torch.cat([blocks[i] for i in range(len(blocks))]), everything[: len(everything) // 12 * 12])
     assert blocks[0].dtype == torch.long and blocks.sizes.tolist() == [12] * len(blocks)
 
@@ -35,7 +35,9 @@ def test_sentences_are_cut_or_skipped(text, caplog):
     blocks = load(text, sequence_length=6, break_mode="eos")
     assert [blocks[i].tolist() for i in range(len(blocks))] == [s[:6].tolist() for s in long_enough]
     assert blocks.skipped == 300 - len(long_enough) > 0
-    assert f"{len(blocks):,} sequences of 6 tokens; {blocks.skipped:,} shorter ones skipped" in caplog.text
+    assert blocks.cut.tolist() == [len(s) > 6 for s in long_enough] and 0 < blocks.cut.sum() < len(blocks)
+    assert f"{len(blocks):,} sequences of 6 tokens; {blocks.skipped:,} shorter ones skipped; " in caplog.text
+    assert f"; {blocks.cut.sum():,} longer sentences lost their end" in caplog.text
 
 
 def test_pieces_are_read_together_when_asked(text, tmp_path):

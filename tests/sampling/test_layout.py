@@ -75,6 +75,17 @@ def test_languages_with_one_dictionary_share_it():
     assert joint is one and shift == 0
 
 
+def test_symbols_that_a_dictionary_repeats_keep_their_places():
+    source, target = dictionary("<s>", "a", "b", "c"), dictionary("b", "<s> (target)")
+    for repeated in (source, target):
+        repeated.add_symbol("<s>", overwrite=True)
+    joint, shift = joint_dictionary(source, target)
+    assert shift == len(source) and len(joint) == len(source) + len(target)
+    assert joint.symbols[:shift] == source.symbols
+    assert [symbol.rsplit(" ", 1)[0] for symbol in joint.symbols[shift:]] == target.symbols
+    assert (joint.pad(), joint.eos(), joint.bos()) == (source.pad(), source.eos(), source.bos())
+
+
 def test_namesakes_of_two_languages_are_two_words():
     source, target = dictionary("a", "b"), dictionary("b", "c", "d")
     joint, shift = joint_dictionary(source, target)

@@ -303,6 +303,14 @@ def test_samples_that_do_not_fit_are_refused(text, samples, tmp_path):
     assert "was drawn from another checkpoint" in drawn and str(text.base) in drawn
 
 
+def test_samples_are_refused_where_the_data_change_with_the_epoch(text, samples, tmp_path):
+    shards = SimpleNamespace(data=f"{text.data}:{text.data}", base=text.base)
+    message = refused(shards, tmp_path / "stored", "--negatives", samples)
+    assert f"--negatives {samples}: these samples continue the text of one folder, and {shards.data} names 2" in message
+    assert "or give --negatives online" in message
+    assert len(run(shards, tmp_path / "online", "--max-epoch", 2).log("train")) == 2
+
+
 def test_flags_of_online_draws_are_reported_with_stored_ones(text, samples, tmp_path):
     done = run(text, tmp_path, "--negatives", samples, "--negatives-topk", 3, "--max-update", 1, "--no-save")
     assert f"--negatives-topk 3 with --negatives {samples}: no effect" in done.warnings()
