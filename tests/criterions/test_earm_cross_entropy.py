@@ -9,6 +9,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.logging import metrics
 
 from fairseq_earm.criterions.earm_cross_entropy import EarmCrossEntropyCriterion
+from fairseq_earm.sampling.heads import LogitHead, ProjectedHead
 from tests.criterions.stubs import NEGATIVES, FixedSampler, batch, build, config
 from tests.tiny_model import tiny_model
 
@@ -199,6 +200,22 @@ def test_encoder_and_wrapper_run_once_and_both_decoder_passes_in_training_mode()
     criterion(model, batch(model))
     assert sorted(calls) == [("decoder", True), ("decoder", True), ("encoder", True), ("model", True)]
     assert not model.encoder._forward_hooks or len(model.encoder._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("flags, times", [
+    ({}, 2), ({"label_smoothing": 0.1, "earm_smooth_history": True}, 2), ({"earm_control": "likelihood"}, 1),
+    ({"earm_dropout": "off"}, 3), ({"earm_weight": 0.0, "earm_loss_rows": 2}, 1),
+])
+def test_the_logits_of_each_pass_are_read_once(monkeypatch, flags, times):
+    model, calls = tiny_model().train(), []
+    criterion = build(model, **flags)
+    criterion.family.sampler = FixedSampler(model, NEGATIVES)
+    for head in (LogitHead, ProjectedHead):
+        read = head.statistics
+        counted = lambda *args, read=read, **kwargs: calls.append(1) or read(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(head, "statistics", counted)
+    criterion(model, batch(model))
+    assert len(calls) == times
 
 
 def test_hooks_are_gone_after_a_failure():
