@@ -211,7 +211,7 @@ def settled_range(curves: Sequence[Curve]) -> Optional[Tuple[float, float]]:
     """What all curves lie within after the first tenth of the updates; None where that is not much less than the whole."""
     points = [point for curve in curves for point in zip(*drawable(curve.points))]
     last = max(x for x, _ in points)
-    early, late = ([y for x, y in points if (x >= last / 10) == after] for after in (False, True))
+    early, late = ([y for x, y in points if (x >= min(last, last / 10)) == after] for after in (False, True))
     low, high = min(late), max(late)
     whole = max([*early, high]) - min([*early, low])
     margin = 0.08 * (high - low)
@@ -220,7 +220,7 @@ def settled_range(curves: Sequence[Curve]) -> Optional[Tuple[float, float]]:
 
 def drawable(points: Points) -> Points:
     """The points without those that are not finite, or so large that no axis reaches them."""
-    kept = [(x, y) for x, y in zip(*points) if abs(x) <= LARGEST and abs(y) <= LARGEST]  # of NaN neither is true
+    kept = [(x, y) for x, y in zip(*points) if abs(y) <= LARGEST]  # NaN is not
     return [x for x, _ in kept], [y for _, y in kept]
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from fairseq_earm.evaluation.curves import RUN_COLOURS, Curve, drawable, panel, settled_range
@@ -147,5 +148,12 @@ def _samples(samples: Sequence[Tuple[str, Sequence[Sample]]], runs: Sequence[Run
             parts.append(table(["", f"sentence {sample.number}"], [row for row in rows if row[1] is not None]))
     for run in runs:
         for path in run.pictures:
-            parts.append(figure(path.read_bytes(), f"{run.name}: {path.name}"))
+            parts.append(_picture(path, f"{run.name}: {path.name}"))
     return "\n".join(parts) or "<p>No output of fairseq-generate and no images were found beside the runs.</p>"
+
+
+def _picture(path: Path, caption: str) -> str:
+    try:
+        return figure(path.read_bytes(), caption)
+    except (OSError, ValueError):  # it was removed or written anew since it was found
+        return f'<p class="soft">{escape(caption)} cannot be read.</p>'

@@ -152,9 +152,7 @@ def _value(run: Run, name: str) -> str:
     if name not in run.checkpoint.settings:
         return ""
     value = run.setting(name)
-    if value is None or value == "":
-        return NONE
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return NONE if value is None or value == "" else str(value)
 
 
 def environment(runs: Sequence[Run]) -> str:

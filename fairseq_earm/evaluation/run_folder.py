@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import re
 import statistics
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -16,7 +18,7 @@ from fairseq_earm.compat_loading import checks_what_it_loads, refused
 from fairseq_earm.errors import UsageError, reason
 from fairseq_earm.evaluation.generated import is_generated, text_lines
 from fairseq_earm.evaluation.page import PNG
-from fairseq_earm.evaluation.training_log import EPOCHS, INNER, History, PathLike, find_logs, read_run
+from fairseq_earm.evaluation.training_log import EPOCHS, INNER, History, PathLike, find_logs, modified, read_run
 
 # Groups of a configuration whose `_name` is a flag of fairseq-train.
 NAMED = {"model": "arch", **{g: g for g in ("task", "criterion", "optimizer", "lr_scheduler", "scoring", "bpe", "tokenizer")}}
@@ -28,7 +30,8 @@ FACTS = {
     "model": re.compile(r"\| model: (\w+)\s*$"),
     "criterion": re.compile(r"\| criterion: (\w+)\s*$"),
 }
-PLAIN = (str, int, float, list, tuple, dict)
+# Of a setting what is shown: characters, items with what stands between them, and the largest number in digits.
+LONGEST, MOST_PIECES, LARGEST = 10_000, 400, 1 << 63
 DATE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d):\d\d \| ")
 
 
@@ -84,9 +87,17 @@ def read_run_folder(folder: PathLike, name: str, logs: Sequence[PathLike] = ()) 
     """
     if not os.path.isdir(folder):
         raise UsageError(f"{folder}: there is no such folder; give the --save-dir of a run")
+    try:
+        return _read(Path(folder), name, [Path(log) for log in logs])
+    except OSError as error:
+        where = "" if error.filename is None else f" ({error.filename})"
+        raise UsageError(f"{folder} cannot be read: {error.strerror or error}{where}; give leave to read it, or another folder") from None
+
+
+def _read(folder: Path, name: str, logs: List[Path]) -> Run:
     notes: List[str] = []
-    paths = [Path(log) for log in logs] or find_logs(folder)
-    checkpoint = _newest_checkpoint(Path(folder), notes)
+    paths = logs or find_logs(folder)
+    checkpoint = _newest_checkpoint(folder, notes)
     if not paths and checkpoint is None:
         raise UsageError(
             f"{folder} has neither a checkpoint nor a log of fairseq-train, and there is no {folder}.log: give the --save-dir of a "
@@ -97,11 +108,11 @@ def read_run_folder(folder: PathLike, name: str, logs: Sequence[PathLike] = ()) 
             f"No log was found, so there are no curves: name it with --log {name} FILE. Looked for {folder}/*.log, {folder}.log and "
             "folders of --tensorboard-logdir in it."
         )
-    files = _files(Path(folder))
+    files = _files(folder)
     return Run(
-        name, Path(folder), paths, read_run(paths), _facts(paths), checkpoint, _json_files(files, notes),
+        name, folder, paths, read_run(paths), _facts(paths), checkpoint, _json_files(files, notes),
         [path for path in files if path.suffix in (".out", ".log", ".txt") and _is_generated(path)],
-        [path for path in files if path.suffix.lower() == ".png" and path.read_bytes().startswith(PNG)], notes,
+        [path for path in files if path.suffix.lower() == ".png" and _is_png(path)], notes,
     )
 
 
@@ -115,7 +126,7 @@ def _files(folder: Path) -> List[Path]:
 def _newest_checkpoint(folder: Path, notes: List[str]) -> Optional[Checkpoint]:
     """The last one; if that cannot be read, the best, then any other, the newest first."""
     first = ["checkpoint_last.pt", "checkpoint_best.pt"]
-    others = sorted(folder.glob("checkpoint*.pt"), key=lambda path: -path.stat().st_mtime) if folder.is_dir() else []
+    others = sorted(folder.glob("checkpoint*.pt"), key=modified, reverse=True) if folder.is_dir() else []
     for path in sorted(others, key=lambda path: first.index(path.name) if path.name in first else len(first)):
         try:
             return _read_checkpoint(path)
@@ -131,7 +142,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     groups = state["cfg"] if state.get("cfg") is not None else {"args": state["args"]}
     tensors = {(tensor.data_ptr(), tensor.shape): tensor.numel() for tensor in state["model"].values() if tensor.dim() > 0}
     history = state.get("optimizer_history") or [{}]
-    updates = history[-1].get("num_updates")
+    updates = _shown(history[-1].get("num_updates"))
     return Checkpoint(path, _settings(groups), sum(tensors.values()), updates if isinstance(updates, int) else None)
 
 
@@ -143,11 +154,44 @@ def _settings(groups: dict) -> Dict[str, object]:
         if not hasattr(values, "items"):
             continue
         if group in NAMED and values.get("_name"):
-            found[NAMED[group]] = values["_name"]
+            found[NAMED[group]] = _shown(values["_name"])
         for name, value in values.items():
             if not name.startswith("_"):
-                found.setdefault(name, value if value is None or isinstance(value, PLAIN) else str(value))
+                found.setdefault(name, _shown(value))
     return found
+
+
+def _shown(value: object) -> object:
+    """A setting as a report shows it: numbers as they are, of everything else the text as far as it is not too long."""
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST):
+        return value
+    pieces = list(itertools.islice(_pieces(value), MOST_PIECES))
+    if len(pieces) == MOST_PIECES:
+        pieces.append("…")
+    outside = isinstance(value, (list, tuple)) and len(pieces) > 1  # a list is shown without its brackets
+    return "".join(pieces[1:-1] if outside else pieces)[:LONGEST]
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """The text of a setting, piece by piece: lists in lists in a small checkpoint may be too deep, or too long, for `str`."""
+    if isinstance(value, (list, tuple, dict, set, frozenset)):
+        yield "["
+        for number, item in enumerate(value.items() if isinstance(value, dict) else value):
+            yield ", " if number else ""
+            yield from _pieces(item)
+        yield "]"
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        yield "a number too large to show"
+    else:
+        yield str(value)[:LONGEST]
+
+
+def _is_png(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(PNG)) == PNG
+    except OSError:
+        return False
 
 
 def _json_files(files: Sequence[Path], notes: List[str]) -> List[Tuple[Path, object]]:
@@ -171,18 +215,17 @@ def _is_generated(path: Path) -> bool:
 def _facts(logs: Sequence[Path]) -> Dict[str, str]:
     """The last word of the logs on each of `FACTS`, and the dates."""
     found: Dict[str, str] = {}
-    for path in logs:
-        if not path.is_file():
-            continue
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            date = DATE.match(line)
-            if date:
-                found.setdefault("begun", date.group(1))
-                found["ended"] = date.group(1)
-            for name, pattern in FACTS.items():
-                match = pattern.search(line)
-                if match:
-                    found[name] = match.group(1)
+    for path in filter(Path.is_file, logs):
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                date = DATE.match(line)
+                if date:
+                    found.setdefault("begun", date.group(1))
+                    found["ended"] = date.group(1)
+                for name, pattern in FACTS.items():
+                    match = pattern.search(line)
+                    if match:
+                        found[name] = match.group(1)
     return found
 
 

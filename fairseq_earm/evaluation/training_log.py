@@ -1,8 +1,7 @@
 """The history of a training run, from fairseq's logs in any of its formats or from what --tensorboard-logdir wrote.
 
 A history is records by kind: "train_inner" (one an interval), "train" (one an epoch, its average) and one kind for each set
-that was validated, by its name ("valid", "test", …). A record is {"num_updates", "epoch", "loss", …}, all floats, and those of
-`PLACES` finite. fairseq's `loss`, `nll_loss` and `ppl` are in base 2, per token.
+that was validated, by its name ("valid", "test", …). A record is {"num_updates", "epoch", "loss", …}, all floats. fairseq's `loss`, `nll_loss` and `ppl` are in base 2, per token.
 """
 from __future__ import annotations
 
@@ -22,7 +21,8 @@ Record = Dict[str, float]
 History = Dict[str, List[Record]]
 
 INNER, EPOCHS = "train_inner", "train"
-PLACES = ("num_updates", "epoch", "update")  # where in the training a record stands
+# Where in the training a record stands; numbers that are no such place, as NaN, are left out.
+PLACES, LAST_PLACE = ("num_updates", "epoch", "update"), 1e15
 # A record as fairseq writes it: JSON; an interval as plain text; the end of an epoch or a validation as plain text.
 JSON_RECORD = re.compile(r"(?:(?<![\w.-])([\w.-]+)[ |:]+)?(\{\".*\})\s*$")
 INTERVAL = re.compile(r"\bepoch (\d{1,9}):\s+(\d{1,15}) / (\d{1,15}) (\w+=.*)$")
@@ -136,7 +136,7 @@ def _numbers(values: Iterable[Tuple[str, object]]) -> Record:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             continue
-        if key not in PLACES or math.isfinite(number):
+        if key not in PLACES or 0 <= number <= LAST_PLACE:
             found[sys.intern(key)] = number
     return found
 

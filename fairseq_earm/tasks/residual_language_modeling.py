@@ -210,8 +210,8 @@ def _check_one_folder(cfg) -> None:
     if len(folders) > 1:
         raise UsageError(
             f"--negatives {cfg.negatives}: these samples continue the text of one folder, and {cfg.data} names "
-            f"{len(folders)}; put all of it into one folder, as train, train1, train2 and so on, and make them again, or "
-            "give --negatives online"
+            f"{len(folders)}; put all of it into one folder, as train, train1, train2 and so on, and make them again, "
+            "or give --negatives online"
         )
 
 
