@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 
 import torch
@@ -22,12 +23,21 @@ from fairseq_earm.criterions.earm_log import (
 )
 from fairseq_earm.criterions.training_clock import EarmSchedule, NonfiniteGuard, TrainingClock
 from fairseq_earm.ebm import objectives
-from fairseq_earm.ebm.contrast import Scored, batch_statistics, contrast, empty_statistics, energy_steps
+from fairseq_earm.ebm.contrast import (
+    ENERGY_STEPS,
+    Scored,
+    batch_statistics,
+    contrast,
+    empty_statistics,
+    energy_steps,
+)
 from fairseq_earm.ebm.energy import TokenEnergies, smoothed_nll
 from fairseq_earm.ebm.weights import moving_log_normalizer
 from fairseq_earm.meter_state import MeterState, restore_state_at_epoch_ends
 from fairseq_earm.sampling.encoder_decoder import EncoderDecoderFamily
 from fairseq_earm.sampling.scoring import post_tokens, with_post_step
+
+logger = logging.getLogger(__name__)
 
 
 @register_criterion("earm_cross_entropy", dataclass=EarmCrossEntropyConfig)
@@ -175,13 +185,24 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         if self.cfg.earm_normalizer_ema == 0:
             return
         batch = everyone.log_normalizer.squeeze(0)
-        self.moving_normalizer = moving_log_normalizer(
-            self.state.get("log_normalizer"), batch, self.cfg.earm_normalizer_ema
-        )
+        self.moving_normalizer = moving_log_normalizer(self._average_so_far(), batch, self.cfg.earm_normalizer_ema)
         if bool(batch.isnan().any() | batch.isposinf().any()):
             self.moving_normalizer = batch
         else:
             self.state.set("log_normalizer", self.moving_normalizer.cpu())
+            self.state.set("normalizer_steps", ENERGY_STEPS.index(self.settings.energy_steps))
+
+    def _average_so_far(self):
+        """The moving normaliser of the updates before; None at first, and where it is one of other energy steps."""
+        own = ENERGY_STEPS.index(self.settings.energy_steps)
+        stored = int(self.state.get("normalizer_steps", own))
+        if stored == own:
+            return self.state.get("log_normalizer")
+        logger.warning(
+            f"--earm-energy-steps {self.settings.energy_steps}: the checkpoint's moving normaliser is one of "
+            f"--earm-energy-steps {ENERGY_STEPS[stored]}; it starts anew"
+        )
+        return None
 
     def _finish(self, loss, nll, sample, values, head, mask):
         """Sample size and log; a loss that is not finite spoils the gradient for sure and is kept out of the log."""

@@ -35,6 +35,19 @@ def test_moving_normaliser_averages_over_updates(energy_steps):
     assert not torch.allclose(moved, batch_only)
 
 
+def test_a_moving_normaliser_of_other_energy_steps_is_left_behind_with_a_warning(caplog):
+    model, sampler = tiny_model().train(), FixedSampler(tiny_model(), NEGATIVES)
+    for steps in ("all", "last", "last"):
+        criterion = build(model, earm_normalizer_ema=0.75, earm_energy_steps=steps)
+        criterion.family.sampler = sampler
+        criterion(model, batch(model))
+    said = [record.message for record in caplog.records if "moving normaliser" in record.message]
+    assert said == [
+        "--earm-energy-steps last: the checkpoint's moving normaliser is one of --earm-energy-steps all; it starts anew"
+    ]
+    assert MeterState().get("log_normalizer").numel() == 1
+
+
 def run_updates(criterion, model, updates, epoch=1):
     """λ of each update, the way fairseq's trainer would drive the task."""
     seen = []
