@@ -7,13 +7,14 @@ import os
 from typing import List, Optional, Sequence
 
 from fairseq_earm.cli import case_study, convergence, text_report
-from fairseq_earm.cli.common import check_json, write_json, write_text
+from fairseq_earm.cli.common import check_json, interruptible, write_json, write_text
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.ab_page import choose_pairs, page_and_key
 from fairseq_earm.evaluation.preference import binomial_p_value, is_key, preference
 from fairseq_earm.evaluation.whole_file import is_device
 
 
+@interruptible()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script."""
     args = _parser().parse_args(argv)

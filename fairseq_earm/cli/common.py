@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
+import sys
 from typing import Iterator, Optional
 
 import torch
@@ -18,6 +20,30 @@ from fairseq_earm.evaluation.whole_file import is_device, whole_file
 
 # How fairseq joins the pieces of words (`data_utils.post_process`).
 POST_PROCESS = ("@@ ", "subword_nmt", "sentencepiece", "wordpiece", "letter", "silence", "_EOW", "none")
+
+
+@contextlib.contextmanager
+def interruptible(more: str = "") -> Iterator[None]:
+    """Have Ctrl-C end a command with one line that says how to go on, and no traceback; a decorator of its `main`.
+
+    The interrupt itself goes on its way: a process that ends by the signal also ends the shell's loop that started it.
+
+    Args:
+        more: what the same command does when it is started again.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.excepthook = functools.partial(_say_interrupted, f"start the same command again{more}")
+        raise
+
+
+def _say_interrupted(how: str, kind: type, *rest) -> None:
+    """Python's last word on an error that nobody caught."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, *rest)
+    after_progress = "\n" if sys.stderr.isatty() else ""
+    print(f"{after_progress}fairseq-earm: interrupted: {how}", file=sys.stderr)
 
 
 def device(args: argparse.Namespace) -> torch.device:

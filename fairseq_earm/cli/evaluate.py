@@ -13,7 +13,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, check_seed, write_json, write_text
+from fairseq_earm.cli.common import check_json, check_seed, interruptible, write_json, write_text
 from fairseq_earm.cli.evaluated_texts import Texts, read_texts
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.score_tables import Table, latex_comment, latex_table, mean_and_spread, text_table
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interruptible()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; prints the tables, the metrics' signatures and what a reader of them should know."""
     args = _parser().parse_args(argv)

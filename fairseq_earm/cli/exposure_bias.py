@@ -12,7 +12,9 @@ from typing import List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, check_png, check_seed, device, drawing, write_json, writing
+from fairseq_earm.cli.common import (
+    check_json, check_png, check_seed, device, drawing, interruptible, write_json, writing,
+)
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.exposure_bias import CONTEXTS, measure_pairs, summarize
 from fairseq_earm.evaluation.translate import Translator, fitting, open_translators, pairs_hash
@@ -22,6 +24,7 @@ from fairseq_earm.sampling.frozen import file_hash
 logger = logging.getLogger(__name__)
 
 
+@interruptible(", and with --json it goes on where it stopped")
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; prints a table."""
     args = _parser().parse_args(argv)

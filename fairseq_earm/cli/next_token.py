@@ -13,7 +13,9 @@ from fairseq.data import Dictionary
 from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, check_seed, device, dtype, text_dictionary, text_task, write_json
+from fairseq_earm.cli.common import (
+    check_json, check_seed, device, dtype, interruptible, text_dictionary, text_task, write_json,
+)
 from fairseq_earm.ebm.marginal import next_token
 from fairseq_earm.errors import UsageError, one_line
 from fairseq_earm.joint_generation import DEFAULT_TOKENS, chunk_of, draw_candidates, finite
@@ -74,6 +76,7 @@ def next_tokens(
     return NextTokens(tokens, log_probs.exp(), joint.probability, joint.standard_error)
 
 
+@interruptible()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; prints a table."""
     args = _parser().parse_args(argv)

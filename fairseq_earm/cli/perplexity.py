@@ -13,7 +13,7 @@ from typing import Iterable, List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, device, write_json
+from fairseq_earm.cli.common import check_json, device, interruptible, write_json
 from fairseq_earm.cli.joint_setup import MAX_LEN_A, MAX_LEN_B, Measured, numbers, open_measured
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.residual import measure_sequence, summarize
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SAMPLES = 1000
 
 
+@interruptible(", and with --json it goes on where it stopped")
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; prints a table."""
     args = _parser().parse_args(argv)

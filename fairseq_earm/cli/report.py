@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from fairseq_earm.cli.common import check_json, drawing, write_text
+from fairseq_earm.cli.common import check_json, drawing, interruptible, write_text
 from fairseq_earm.errors import UsageError
 from fairseq_earm.evaluation.run_folder import Run, read_run_folder
 
 
+@interruptible()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; says what went onto the page."""
     args = _parser().parse_args(argv)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fairseq_earm.cli import sample_images
-from fairseq_earm.cli.common import device, dtype, text_dictionary, text_task
+from fairseq_earm.cli.common import device, dtype, interruptible, text_dictionary, text_task
 from fairseq_earm.errors import UsageError
 from fairseq_earm.sampling.base_lm import load_base_lm
 from fairseq_earm.sampling.blocks import Blocks, cut_note, load_blocks
@@ -32,6 +32,7 @@ from fairseq_earm.sampling.store_writer import StoreWriter
 Draw = Callable[[Tensor, int], Tensor]
 
 
+@interruptible(", and samples of text go on where they stopped")
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; says what there was to do and what was done."""
     argv = sys.argv[1:] if argv is None else argv

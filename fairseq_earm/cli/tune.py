@@ -12,9 +12,10 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from fairseq_earm.cli.common import check_json, check_seed, write_json
+from fairseq_earm.cli.common import check_json, check_seed, interruptible, write_json
 from fairseq_earm.cli.nbest import NBest, read_nbest
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.significance import draw_multinomial
 from fairseq_earm.evaluation.text_scores import bleu_statistics, corpus_bleu
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -84,19 +85,29 @@ def tune(
         bleu = corpus_bleu(rows.sum(0))
         if weight not in best or bleu > best[weight][0]:
             best[weight] = bleu, lenpen, rows
-    size = len(nbest.texts)
-    draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=resamples)
-    base, base_draws = best[0.0][0], _bootstrap(best[0.0][2], draws)
+    resampled = _bootstrap({weight: rows for weight, (_, _, rows) in best.items()}, resamples, seed)
     settings = []
-    for weight, (bleu, lenpen, rows) in tqdm(best.items(), desc="bootstrap", disable=None):
-        scores = _bootstrap(rows, draws)
-        settings.append(Setting(weight, lenpen, bleu, _interval(scores), bleu - base, _interval(scores - base_draws)))
+    for weight, (bleu, lenpen, _) in best.items():
+        scores, gains = resampled[weight], resampled[weight] - resampled[0.0]
+        settings.append(Setting(weight, lenpen, bleu, _interval(scores), bleu - best[0.0][0], _interval(gains)))
     return settings
 
 
-def _bootstrap(rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """(resamples,) corpus BLEU under each row of `draws`, how often every sentence was drawn."""
-    return np.array([corpus_bleu(total) for total in draws @ rows])
+def _bootstrap(rows: Dict[float, np.ndarray], resamples: int, seed: int) -> Dict[float, np.ndarray]:
+    """Name of each system → (resamples,) its corpus BLEU; each resample draws the same sentences for all.
+
+    Args:
+        rows: name → (S, K) statistics of its sentences.
+    """
+    scores: Dict[float, List[float]] = {name: [] for name in rows}
+    # Sums of counts are whole numbers, which float64 holds to the digit and multiplies much faster.
+    statistics = {name: own.astype(np.float64) for name, own in rows.items()}
+    with tqdm(desc="bootstrap", total=resamples, disable=None) as progress:
+        for counts in draw_multinomial(len(statistics[0.0]), resamples, seed):
+            for name, own in statistics.items():
+                scores[name] += [corpus_bleu(total) for total in counts @ own]
+            progress.update(len(counts))
+    return {name: np.array(values) for name, values in scores.items()}
 
 
 def _interval(scores: np.ndarray) -> Interval:
@@ -150,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interruptible()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The console script; prints a table and the flags of the best setting."""
     args = _parser().parse_args(argv)

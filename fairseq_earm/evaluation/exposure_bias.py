@@ -19,6 +19,7 @@ from typing import Dict, List, Optional, Sequence
 import numpy as np
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation.significance import draw_multinomial
 from fairseq_earm.evaluation.translate import Translator, WordScores
 
 CONTEXTS = ("own", "reference")
@@ -26,8 +27,6 @@ CONTEXTS = ("own", "reference")
 MEASURES = {"probability": 1, "rank": -1}
 KEYS = list(product(MEASURES, CONTEXTS))
 RESAMPLES, RESAMPLES_BY_POSITION = 10_000, 1_000
-# Resamples drawn at once: so many times as many numbers as there are pairs are held.
-CHUNK = 500
 # Positions that fewer pairs reach are left out of the figures by position: their intervals would fill the plot.
 FEWEST_PAIRS = 20
 
@@ -129,9 +128,7 @@ def _by_measure(signs: Sequence[dict], seed: int, resamples: int) -> dict:
 def _resampled(counts: Sequence[Sequence[np.ndarray]], seed: int, resamples: int) -> np.ndarray:
     """(K, resamples) ratios over pairs drawn with replacement, NaN where all is tied, from K times (greater, less, …) per pair."""
     columns = np.stack([column for greater, less, *_ in counts for column in (greater, greater + less)], 1)
-    rng = np.random.default_rng(seed)
-    even = np.full(len(columns), 1 / len(columns))
-    drawn = [rng.multinomial(len(columns), even, size=CHUNK) @ columns for _ in range(resamples // CHUNK)]
+    drawn = [counts @ columns for counts in draw_multinomial(len(columns), resamples, seed)]
     greater, decided = np.concatenate(drawn).reshape(-1, len(counts), 2).T
     return np.divide(greater, decided, out=np.full(greater.shape, np.nan), where=decided > 0)
 

@@ -129,7 +129,7 @@ PANELS = (
 
 
 def logged_keys(history: History) -> Dict[str, str]:
-    """The key of the log that each panel's key means for this run; without those for which the run has nothing to show."""
+    """Each panel's key → the key of the log that it means for this run; without those that the run did not log."""
     names = logged_names(history)
     keys = {key: key for panel in PANELS for key, _ in panel.lines if key in names}
     residual = is_residual(history)

@@ -12,7 +12,9 @@ from fairseq_earm.evaluation.report_tables import environment, settings, summary
 from fairseq_earm.evaluation.run_folder import Run
 from fairseq_earm.evaluation.samples_of_runs import Sample
 from fairseq_earm.evaluation.score_tables import Table
-from fairseq_earm.evaluation.training_log import EPOCHS, INNER, earm_entry, is_residual, logged_names, series, validated_kinds
+from fairseq_earm.evaluation.training_log import (
+    EPOCHS, INNER, earm_entry, is_residual, logged_names, series, validated_kinds,
+)
 
 STYLE = """\
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: .5rem 0; list-style: none; }
@@ -105,7 +107,8 @@ def _panel(
 ) -> Optional[str]:
     """The panel's figure; None where no run has anything for it."""
     kinds = _kinds(runs)
-    curves = [curve for colour, run, own in zip(RUN_COLOURS, runs, keys) for curve in _lines(each, run, own, colour, kinds)]
+    drawn = zip(RUN_COLOURS, runs, keys)
+    curves = [curve for colour, run, own in drawn for curve in _lines(each, run, own, colour, kinds)]
     if not curves:
         return None
     limits = settled_range(curves) if each.settles else None

@@ -90,8 +90,9 @@ def read_run_folder(folder: PathLike, name: str, logs: Sequence[PathLike] = ()) 
     try:
         return _read(Path(folder), name, [Path(log) for log in logs])
     except OSError as error:
+        why = error.strerror or error
         where = "" if error.filename is None else f" ({error.filename})"
-        raise UsageError(f"{folder} cannot be read: {error.strerror or error}{where}; give leave to read it, or another folder") from None
+        raise UsageError(f"{folder} cannot be read: {why}{where}; give leave to read it, or another folder") from None
 
 
 def _read(folder: Path, name: str, logs: List[Path]) -> Run:
@@ -166,14 +167,15 @@ def _shown(value: object) -> object:
     if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST):
         return value
     pieces = list(itertools.islice(_pieces(value), MOST_PIECES))
-    if len(pieces) == MOST_PIECES:
-        pieces.append("…")
-    outside = isinstance(value, (list, tuple)) and len(pieces) > 1  # a list is shown without its brackets
-    return "".join(pieces[1:-1] if outside else pieces)[:LONGEST]
+    more = "…" if len(pieces) == MOST_PIECES else ""
+    if isinstance(value, (list, tuple)):  # shown without its brackets
+        pieces = pieces[1:] if more else pieces[1:-1]
+    return "".join(pieces)[:LONGEST] + more
 
 
 def _pieces(value: object) -> Iterator[str]:
-    """The text of a setting, piece by piece: lists in lists in a small checkpoint may be too deep, or too long, for `str`."""
+    """The text of a setting, piece by piece: a small checkpoint may nest lists too deep, or too often, for `str`."""
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
     if isinstance(value, (list, tuple, dict, set, frozenset)):
         yield "["
         for number, item in enumerate(value.items() if isinstance(value, dict) else value):

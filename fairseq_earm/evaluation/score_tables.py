@@ -51,7 +51,7 @@ def latex_table(table: Table) -> str:
 
 
 def latex(cell: str) -> str:
-    """A cell's text with what LaTeX would take for its own escaped, and signs of numbers set as such; all on one line."""
+    """A cell's text with what LaTeX would take for its own escaped, and signs of numbers set as such, on one line."""
     cell = CONTROL.sub(" ", cell)
     signed = SIGNED.split(cell)
     signs = [f"${sign}$" for sign in SIGNED.findall(cell)] + [""]

@@ -73,5 +73,13 @@ def draw_counts(sentences: int, resamples: int, seed: int) -> Iterator[np.ndarra
         yield np.array([np.bincount(row, minlength=sentences) for row in drawn], dtype=np.float64)
 
 
+def draw_multinomial(units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Resamples as (some, U) float64 arrays, how often each unit was drawn; the same ones whatever `DRAWN_AT_ONCE`."""
+    generator, even = np.random.default_rng(seed), np.full(units, 1 / units)
+    step = max(1, DRAWN_AT_ONCE // units)
+    for start in range(0, resamples, step):
+        yield generator.multinomial(units, even, size=min(step, resamples - start)).astype(np.float64)
+
+
 def _share(exceed: np.ndarray) -> float:
     return float((exceed.sum() + 1) / (len(exceed) + 1))

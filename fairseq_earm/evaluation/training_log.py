@@ -1,7 +1,8 @@
 """The history of a training run, from fairseq's logs in any of its formats or from what --tensorboard-logdir wrote.
 
 A history is records by kind: "train_inner" (one an interval), "train" (one an epoch, its average) and one kind for each set
-that was validated, by its name ("valid", "test", …). A record is {"num_updates", "epoch", "loss", …}, all floats. fairseq's `loss`, `nll_loss` and `ppl` are in base 2, per token.
+that was validated, by its name ("valid", "test", …). A record is {"num_updates", "epoch", "loss", …}, all floats. fairseq's
+`loss`, `nll_loss` and `ppl` are in base 2, per token.
 """
 from __future__ import annotations
 
@@ -58,8 +59,8 @@ def _records(path: PathLike) -> Iterator[Tuple[str, Record]]:
 def _collect(records: Iterable[Tuple[str, Record]]) -> History:
     """Records in the order they were written, without those that others replace.
 
-    fairseq opens --log-file anew each epoch, and every line comes once more from then on: of the same kind and update the
-    last record counts.
+    fairseq opens --log-file anew each epoch, and every line comes once more from then on: of the same kind and update
+    the last record counts.
     """
     written: List[Tuple[float, str, Record]] = []
     for kind, record in records:

@@ -44,4 +44,5 @@ def report_other_base(energy: FrozenModel, energy_path: str, base_path: str) -> 
     if not own or not os.path.isfile(own) or os.path.realpath(own) == os.path.realpath(base_path):
         return
     if file_hash(own, flag=f"--energy-path {energy_path}: its base") != file_hash(base_path, flag="--path"):
-        logger.warning("--path %s is not the base that --energy-path %s was trained on, %s", base_path, energy_path, one_line(str(own)))
+        message = "--path %s is not the base that --energy-path %s was trained on, %s"
+        logger.warning(message, base_path, energy_path, one_line(str(own)))

@@ -10,7 +10,8 @@ pytest.importorskip("matplotlib")
 
 from fairseq_earm.cli.report import distinct_names, main  # noqa: E402
 from fairseq_earm.errors import UsageError  # noqa: E402
-from fairseq_earm.evaluation.log_panels import PANELS, logged_key, undrawn_keys  # noqa: E402
+from fairseq_earm.evaluation import report_page, run_folder  # noqa: E402
+from fairseq_earm.evaluation.log_panels import PANELS, logged_keys, undrawn_keys  # noqa: E402
 from fairseq_earm.evaluation.training_log import read_log  # noqa: E402
 from tests.evaluation.test_page import PNG, Parsed  # noqa: E402
 from tests.tiny_translation import generate  # noqa: E402
@@ -60,7 +61,8 @@ def test_the_page_of_one_run(run, tiny, tmp_path, capsys):
     test = next(record for record in history["test"] if record["num_updates"] == best["num_updates"])
     assert f"test at the best valid{test['nll_loss']:.3f} nll_loss" in said
     assert len(Parsed(text).named("img")) == 1
-    drawn = [panel for panel in PANELS if any(logged_key(history, key) for key, _ in panel.lines)]
+    keys = logged_keys(history)
+    drawn = [panel for panel in PANELS if any(key in keys for key, _ in panel.lines)]
     assert len(Parsed(text).named("svg")) == len(drawn) > 10
     printed = capsys.readouterr().out
     assert "run: checkpoint_last.pt" in printed and "1 generated, 1 PNG" in printed
@@ -108,7 +110,7 @@ def test_kinds_of_runs_have_their_own_figures():
     residual = {"train": [{"loss": 1.0, "nce_energy_gap": 1.0}]}
     smoothed, plain = ({"train": [{"loss": loss, "nll_loss": 2.0, "odd": 1.0}]} for loss in (3.0, 2.0))
     keys = ("cross-entropy", "criterion", "bits_per_dim", "nce_energy_gap")
-    found = [[logged_key(history, key) for key in keys] for history in (images, residual, smoothed, plain)]
+    found = [[logged_keys(history).get(key) for key in keys] for history in (images, residual, smoothed, plain)]
     assert found == [
         [None, "loss", "bits_per_dim", None], [None, "loss", None, "nce_energy_gap"], ["nll_loss", "loss", None, None],
         ["nll_loss", None, None, None],
@@ -143,3 +145,42 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, says):
         main([{"RUN": "run", "EMPTY": "empty"}.get(word, word) for word in arguments])
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_log_with_numbers_of_any_kind_is_drawn(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    odd = ("nan", "1", "inf", "-5", "1e308", "2", "3")
+    losses = ("1", "1e308", "-1e308", "nan", "inf", "2", "5e-324")
+    keys = ("loss", "nll_loss", "gnorm", "earm_loss")
+    records = [{"epoch": n, **dict.fromkeys(keys, loss), "num_updates": n} for n, loss in zip(odd, losses)]
+    nowhere = [{"accuracy": "1", "loss": "1", "num_updates": "nan"}, {"bleu": "1e308", "loss": "1", "num_updates": "4"}]
+    lines = [f"INFO | train_inner | {json.dumps(record)}\n" for record in [*records, *nowhere]]
+    (tmp_path / "run.log").write_text("".join(lines))
+    text = report(tmp_path, folder)
+    assert is_alone(text) and "Gradient norm" in text
+
+
+def test_a_picture_that_is_gone_when_the_page_is_written(run, tmp_path, monkeypatch):
+    (run / "grid.png").write_bytes(PNG)
+    found = run_folder.read_run_folder(run, "run")
+    (run / "grid.png").unlink()
+    monkeypatch.setattr("fairseq_earm.cli.report.read_run_folder", lambda *rest: found)
+    assert "run: grid.png cannot be read." in Parsed(report(tmp_path, run)).text
+
+
+class Counted(list):
+    """A list that counts how often it is gone through."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+def test_a_long_log_is_not_gone_through_for_every_panel():
+    records = Counted({"num_updates": float(n), "epoch": 1.0, "loss": 2.0} for n in range(3))
+    found = run_folder.Run("run", ".", [], {"train_inner": records}, {}, None, [], [], [], [])
+    report_page.report_page([found], title="x")
+    assert records.times <= 40 < 2 * len(PANELS)

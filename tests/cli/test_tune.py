@@ -6,6 +6,7 @@ import sacrebleu
 
 from fairseq_earm.cli.nbest import read_nbest
 from fairseq_earm.cli.tune import SentenceStatistics, corpus_bleu, main, select, tune
+from fairseq_earm.evaluation import significance
 from tests.tiny_translation import generate, tagged
 
 LIST = ["--beam", 5, "--nbest", 5, "--energy-rerank"]
@@ -204,3 +205,18 @@ def test_bad_arguments(tmp_path, capsys):
         with pytest.raises(SystemExit) as raised:
             main([path, f"{flag}={value}"])
         assert raised.value.code == 2 and flag in capsys.readouterr().err
+
+
+def test_memory_for_the_resamples_does_not_change_a_digit(nbest, monkeypatch):
+    whole = tune(nbest, [1.0, 5.0], [1.0], resamples=20)
+    blocks = []
+
+    def drawn(*settings):
+        for block in significance.draw_multinomial(*settings):
+            blocks.append(len(block))
+            yield block
+
+    monkeypatch.setattr(significance, "DRAWN_AT_ONCE", 3 * len(nbest.texts))
+    monkeypatch.setattr("fairseq_earm.cli.tune.draw_multinomial", drawn)
+    assert tune(nbest, [1.0, 5.0], [1.0], resamples=20) == whole
+    assert blocks == [3] * 6 + [2]

@@ -83,3 +83,22 @@ def test_thinning_keeps_means():
     assert curves.thinned([1, 2, 3], [4, 5, 6], most=3) == ([1, 2, 3], [4, 5, 6])
     assert curves.thinned([1, 2, 3, 4, 5], [1, 3, 5, 7, 9], most=3) == ([1.5, 3.5, 5], [2, 6, 9])
     assert curves.thinned([], []) == ([], [])
+
+
+HUGE = [1.0, 1e308, -1e308, 1e200, 2.0, 5e-324]
+
+
+def test_numbers_beyond_any_axis_are_left_out(tmp_path):
+    points = (list(range(len(HUGE))), HUGE)
+    assert curves.drawable(points) == ([0, 4, 5], [1.0, 2.0, 5e-324])
+    lines = [curves.Curve(points, "#2f7fd1")]
+    assert curves.panel(lines, "loss", log=True, limits=curves.settled_range(lines)).startswith(b"<?xml")
+    logged = {"train": [{"epoch": n, "loss": loss} for n, loss in zip(*points)]}
+    seeds = [curves.convergence_of(logged)] * 2
+    only_huge = curves.convergence_of({"train": logged["train"][1:3]})
+    curves.convergence({"a": seeds, "b": [only_huge]}, "epoch", tmp_path / "a.png")
+    assert is_drawn(tmp_path / "a.png")
+
+
+def test_updates_of_tensorboard_may_be_below_zero():
+    assert curves.settled_range([curves.Curve(([-9.0, -3.0], [9.0, 1.0]), "#2f7fd1")]) is None

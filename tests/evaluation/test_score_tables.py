@@ -1,4 +1,4 @@
-from fairseq_earm.evaluation.score_tables import Table, latex, latex_table, mean_and_spread, text_table
+from fairseq_earm.evaluation.score_tables import Table, latex, latex_comment, latex_table, mean_and_spread, text_table
 
 TABLE = Table("Scores, mean ± s.d.", ["system", "BLEU", "[0, ∞)"], [["E-ARM_3", "40.00 ± 1.00", "-"], ["a & b", "+0.5", "[-1.0, +2.0]"]])
 
@@ -37,3 +37,11 @@ def test_spread_over_seeds():
     assert mean_and_spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert mean_and_spread([2.5], digits=1) == "2.5"
     assert mean_and_spread([]) == "-"
+
+
+def test_no_line_s_end_leaves_a_comment_or_a_row():
+    """A carriage return alone ends a line for TeX; what came after it was set, and \\input read a file."""
+    hostile = Table("a\rb\r\nc\nd", ["system", "x\ry"], [["a\n\n\rb", "\x1b1"]])
+    lines = latex_table(hostile).split("\n")
+    assert lines[:4] == ["% a", "% b", "% c", "% d"] and r"system & x y \\" in lines and r"a   b &  1 \\" in lines
+    assert latex_comment("") == "%" and latex_comment("a\n\nb\n") == "% a\n%\n% b"

@@ -6,7 +6,7 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
 from fairseq_earm.evaluation import significance
-from fairseq_earm.evaluation.significance import draw_counts, paired_bootstrap
+from fairseq_earm.evaluation.significance import draw_counts, draw_multinomial, paired_bootstrap
 from fairseq_earm.evaluation.text_scores import bleu_statistics, corpus_bleu
 
 WORDS = "a b c d e f g h".split()
@@ -98,3 +98,11 @@ def test_what_cannot_be_paired_is_refused():
     for system, baseline in (([], [rows]), ([rows], []), ([rows], [rows[:3]])):
         with pytest.raises(ValueError, match="each of the two systems needs a seed"):
             paired_bootstrap(system, baseline, corpus_bleu)
+
+
+def test_draws_are_the_same_in_blocks_that_take_little_memory(monkeypatch):
+    at_once = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), size=50)
+    monkeypatch.setattr(significance, "DRAWN_AT_ONCE", 200)
+    blocks = list(draw_multinomial(30, 50, 3))
+    assert max(block.size for block in blocks) <= 200 and np.array_equal(np.concatenate(blocks), at_once)
+    assert [len(block) for block in draw_multinomial(500, 2, 3)] == [1, 1]

@@ -6,9 +6,11 @@ import os
 import pytest
 
 from fairseq_earm.errors import UsageError
+from fairseq_earm.evaluation import training_log
 from fairseq_earm.evaluation.training_log import (
     cross_entropy_key, earm_start, find_logs, is_training_log, read_log, read_run, read_tensorboard, series, validated_kinds,
 )
+from tests.damage import limits
 
 STAMP = "2025-01-01 10:00:00 | INFO | "
 
@@ -161,3 +163,45 @@ def test_mistakes_are_one_line(tmp_path):
         read_run([tmp_path / "absent.log"])
     with pytest.raises(UsageError, match="no such folder"):
         find_logs(tmp_path / "absent")
+
+
+def test_many_kinds_at_one_update_take_no_time(tmp_path):
+    """Each with a record of its own; and again, as where fairseq opens its file anew."""
+    lines = [f'INFO:k{n}:{{"k{n}_loss": "{n}", "k{n}_num_updates": "5"}}\n' for n in range(15000)]
+    with limits(seconds=10):
+        history = read_log(write(tmp_path / "log", *lines, *lines))
+    assert len(history) == 15000 and all(len(records) == 1 for records in history.values())
+
+
+def test_many_restarts_take_no_time(tmp_path):
+    lines = [inner(n % 2 + 1, n) for n in range(10000)]
+    kinds = [STAMP + f'k{n} | {{"k{n}_loss": "1", "k{n}_num_updates": "0"}}\n' for n in range(5000)]
+    with limits(seconds=10):
+        history = read_log(write(tmp_path / "log", *kinds, *lines))
+    assert series(history["train_inner"], "loss") == ([1, 2], [9998, 9999])
+
+
+@pytest.mark.parametrize("place", ["nan", "inf", "-1", "1e308"])
+def test_no_record_stands_at_a_place_that_is_none(tmp_path, place):
+    log = write(
+        tmp_path / "train.log", inner(20, 5.0), f"epoch 001:  3 / 9 loss=4.0, num_updates={place}\n",
+        inner(40, 3.0), inner(30, 2.0),
+        STAMP + f"valid | epoch 001 | valid on 'valid' subset | loss 2.5 | num_updates {place}\n",
+    )
+    history = read_log(log)
+    assert [record.get("num_updates") for record in history["train_inner"]] == [20, None, 30]
+    assert history["valid"] == [{"epoch": 1, "loss": 2.5}]
+
+
+def test_one_record_tells_a_log_of_training(tmp_path):
+    """The rest of it, which may be long, is not read for that."""
+    lines = iter([("valid", {}), ("train_inner", {}), None])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_log, "_records", lambda path: lines)
+        assert is_training_log(tmp_path)
+    assert next(lines) is None
+
+
+def test_keys_of_a_long_log_are_kept_once(tmp_path):
+    first, second = read_log(write(tmp_path / "log", inner(1, 5.0), inner(2, 5.0)))["train_inner"]
+    assert all(here is there for here, there in zip(first, second))
