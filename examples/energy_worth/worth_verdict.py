@@ -20,6 +20,8 @@ sys.path.insert(0, str(HERE))
 
 from worth_plan import BRANCHES, CONTROLS, CORPORA, Corpus  # noqa: E402
 
+TUNED_ONLY = ["branch, tuned and not judged", "rate", "validation joint NLL, tuning seeds"]
+
 
 class Difference(NamedTuple):
     """Mean difference of a branch to the best control, nats per sentence; half of its 95 % interval; two-sided p."""
@@ -111,31 +113,21 @@ def corpus_table(name: str, results: Path) -> str:
     }
     compared = [key for key, each in found.items() if each is not None and key[0] not in CONTROLS]
     corrected = dict(zip(compared, holm([found[key].p for key in compared])))
+    judged = [branch for branch in corpus.branches if fresh.get(branch)]
     lines = []
-    for branch in [each for each in corpus.branches if each in best]:
-        valid, rate = best[branch]
-        line = [
-            branch + (" (best control)" if branch == control else ""),
-            f"{rate:g}",
-            f"{valid:.3f}",
-            len(fresh[branch]),
-        ]
+    for branch in judged:
+        line = [branch + (" (best control)" if branch == control else ""), f"{best[branch][1]:g}", len(fresh[branch])]
         line += [spread(fresh[branch], key) for key in ("nll", "joint_nll", "dv", "training_dv")]
         line += [_shown(found.get((branch, kind)), corrected.get((branch, kind))) for kind in kinds]
-        line += [spread(fresh[branch], "bleu", 2)] if corpus.generate else []
-        lines.append([*line, spread(fresh[branch], "seconds_per_update")])
-    headers = [
-        "branch",
-        "rate",
-        "valid joint NLL, tuning",
-        "fresh seeds",
-        "test NLL",
-        "test joint NLL",
-        "test DV",
-        "training DV",
-    ]
-    headers += [f"{kind} − best control's" for kind in kinds] + (["BLEU"] if corpus.generate else []) + ["s per update"]
-    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
+        lines.append(line + ([spread(fresh[branch], "bleu", 2)] if corpus.generate else []))
+    headers = ["branch", "rate", "seeds", "test NLL", "test joint NLL", "test DV", "training DV"]
+    headers += [f"{kind} − best control's" for kind in kinds] + (["BLEU"] if corpus.generate else [])
+    tuned = [[branch, f"{rate:g}", f"{nll:.3f}"] for branch, (nll, rate) in best.items() if branch not in judged]
+    return "\n\n".join(
+        tabulate(*table, tablefmt="pipe", disable_numparse=True)
+        for table in ((lines, headers), (sorted(tuned, key=lambda line: line[2]), TUNED_ONLY))
+        if table[0]
+    )
 
 
 def _shown(found: Optional[Difference], corrected: Optional[float]) -> str:
