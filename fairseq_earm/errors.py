@@ -16,8 +16,8 @@ class UsageError(SystemExit):
 def one_line(text: str) -> str:
     """A text with its control characters as Python writes them, "\\n" for a line's end.
 
-    Checkpoints, dictionaries and file names may hold any character: with a line's end they would forge a second message,
-    and with an escape code overwrite the first.
+    Checkpoints, dictionaries and file names may hold any character: with a line's end they would forge a second
+    message, and with an escape code overwrite the first.
     """
     return CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 

@@ -226,7 +226,7 @@ def test_half_precision_logits_agree():
 )
 @pytest.mark.parametrize("moving", [False, True])
 def test_losses_of_parts_are_the_loss_of_the_whole(settings, moving):
-    """Parts of very different sizes, lengths and limits, one of them without a negative, as batches of several workers."""
+    """Parts of different sizes, lengths and limits, one without a negative, as the batches of several workers."""
     model = TabularModel(seed=2)
     post = settings.get("energy_steps") == "post"
     sequences, sources = model.exact_batch()
