@@ -1,6 +1,7 @@
 """`fairseq-train` with the noise control's noise turned round: `flipped_noise.py TRAIN_ARGUMENTS`.
 
-Noise of mean zero does the same with either sign; a bias does the opposite. Its likelihood stays, so that the loss is
+Noise of mean zero does the same with either sign; a bias, such as that of dropout or of rows that end, does the
+opposite. Its likelihood stays, so that the loss is
 twice the likelihood less the noise control's loss.
 """
 

@@ -57,14 +57,14 @@ def variances(draws: List[List[torch.Tensor]]) -> dict:
     Args:
         draws: for each batch its gradients (parameters,), at least two of them.
     """
-    mean = sum(sum(batch) for batch in draws) / sum(map(len, draws))
     first = [batch[0] for batch in draws]
+    mean = sum(first) / len(first)
     total = sum((each - mean).square().sum().item() for each in first) / (len(first) - 1)
     within = [
         sum((each - sum(batch) / len(batch)).square().sum().item() for each in batch) / (len(batch) - 1)
         for batch in draws
     ]
-    return {"total": total, "within": sum(within) / len(within), "mean_norm": mean.norm().item()}
+    return {"total": total, "within": sum(within) / len(within)}
 
 
 def measure(args) -> None:
@@ -106,10 +106,10 @@ def table(outputs: List[Path]) -> None:
         found = json.loads(output.read_text())
         one = found["cross-entropy | dropout as in training"]["total"]
         rows = [
-            [*key.split(" | "), f"{each['total'] / one:.2f}", f"{each['within'] / one:.2f}", f"{each['mean_norm']:.2f}"]
+            [*key.split(" | "), f"{each['total'] / one:.2f}", f"{each['within'] / one:.2f}"]
             for key, each in found.items()
         ]
-        headers = ["loss alone", "", "variance", "of which within a batch", "norm of the mean"]
+        headers = ["loss alone", "", "variance", "of which within a batch"]
         print(
             f"{output.stem}: shares of the variance of cross-entropy's "
             f"gradient\n\n{tabulate(rows, headers, tablefmt='pipe')}\n"

@@ -53,7 +53,8 @@ class Experiment:
 
     def prepare(self, runner: Runner) -> None:
         """Write and binarise the sentence pairs, the same ones for every seed."""
-        if self.corpus.pairs == 0 or (self.output / "binary" / "preprocess.log").exists():
+        finished = self.output / "preprocessed"
+        if self.corpus.pairs == 0 or finished.exists():
             return
         raw = self.output / "raw"
         raw.mkdir(exist_ok=True)
@@ -62,23 +63,22 @@ class Experiment:
             for side, suffix in enumerate(("src", "tgt")):
                 (raw / f"{split}.{suffix}").write_text("".join(" ".join(pair[side]) + "\n" for pair in pairs))
         runner.run(preprocess_command(raw, self.output / "binary"), self.output / "preprocess.log")
+        finished.touch()
 
     def binary(self) -> Path:
         return self.data or self.output / "binary"
 
-    def run_seed(self, runner: Runner, seed: int, wanted: List[tuple], pool) -> List:
-        """Train the seed's base, and then its branches, [(branch, rate)], as workers become free."""
-        base = self.base
-        if base is None:
-            folder = self.output / f"seed{seed}" / "base"
-            base = folder / "checkpoint_last.pt"
-            if not (folder / "finished").exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                flags = [*self.corpus.flags, *self.corpus.base_flags, "--seed", str(seed)]
-                runner.run(train_command(self.binary(), folder, flags), folder / "train.log")
-                (folder / "finished").touch()
-        missing = [(branch, rate) for branch, rate in wanted if not self.result(branch, rate, seed).exists()]
-        return [pool.submit(self.run_branch, runner, base, seed, branch, rate) for branch, rate in missing]
+    def train_base(self, runner: Runner, seed: int) -> Path:
+        """The checkpoint that the seed's branches start from, trained unless it is there."""
+        if self.base is not None:
+            return self.base
+        folder = self.output / f"seed{seed}" / "base"
+        if not (folder / "finished").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            flags = [*self.corpus.flags, *self.corpus.base_flags, "--seed", str(seed)]
+            runner.run(train_command(self.binary(), folder, flags), folder / "train.log")
+            (folder / "finished").touch()
+        return folder / "checkpoint_last.pt"
 
     def result(self, branch: str, rate: float, seed: int) -> Path:
         name = branch.replace(", ", "_").replace(" ", "-")
@@ -219,9 +219,13 @@ def run(args) -> None:
     runner = Runner(sum(3 if experiment.translates(seed) else 2 for seed in seeds) * len(wanted))
     try:
         experiment.prepare(runner)
-        with ThreadPoolExecutor(args.jobs) as bases, ThreadPoolExecutor(args.jobs) as pool:
-            jobs = bases.map(lambda seed: experiment.run_seed(runner, seed, wanted, pool), seeds)
-            for job in [job for found in jobs for job in found]:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            bases = dict(zip(seeds, pool.map(lambda seed: experiment.train_base(runner, seed), seeds)))
+            missing = [
+                (seed, *each) for seed in seeds for each in wanted if not experiment.result(*each, seed).exists()
+            ]
+            jobs = [pool.submit(experiment.run_branch, runner, bases[seed], seed, *each) for seed, *each in missing]
+            for job in jobs:
                 job.result()
     except CommandFailed as failure:
         runner.stop()

@@ -1,4 +1,4 @@
-"""One normaliser for the negatives of all workers, and nobody who waits for a worker that has none."""
+"""One normaliser for the negatives of all workers; no worker blocks on one that has no batch."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def check_effect(cfg, without_effect) -> None:
 
 
 def _problems(cfg):
-    """Pairs of a condition that must not hold and what to say of it: (condition, flag, remedy)."""
+    """Triples of a condition that must not hold, its flag and the remedy."""
     truncates = cfg.earm_sampling_topk != -1 or cfg.earm_sampling_topp != -1 or cfg.earm_sampling_temperature != 1
     return [
         (not 0 <= cfg.earm_weight < math.inf, "--earm-weight", "give a finite weight of at least 0"),
@@ -154,6 +154,11 @@ def _objective_problems(cfg):
             nce and cfg.earm_normalizer_ema > 0,
             "--earm-normalizer-ema",
             "--earm-objective nce differentiates through the normaliser of each batch; give 0",
+        ),
+        (
+            control == "likelihood" and cfg.earm_dropout == "energy-off",
+            "--earm-dropout",
+            "--earm-control likelihood has no energies to leave dropout out of; give off or shared",
         ),
         (cfg.earm_every < 1, "--earm-every", "give a number of updates of at least 1"),
         (

@@ -110,7 +110,7 @@ class EarmCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
             "argparse_const": "likelihood",
             "help": "train a control in the place of E-ARM, with the same flags. likelihood (also the bare flag): the "
             "likelihood that E-ARM repeats, without energy or negatives. noise: E-ARM's samples without its energy, "
-            "all weights 1 and logsumexp held fixed. flat: likelihood and a penalty on logsumexp that varies, see "
+            "all weights 1. flat: likelihood and a penalty on logsumexp that varies, see "
             "--earm-control-weight",
         },
     )

@@ -29,7 +29,7 @@ from fairseq_earm.ebm.contrast import (
     batch_statistics,
     contrast,
     empty_statistics,
-    energy_steps,
+    steps_with_energy,
 )
 from fairseq_earm.ebm.energy import TokenEnergies, smoothed_nll
 from fairseq_earm.ebm.weights import moving_log_normalizer
@@ -118,7 +118,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         data = self._score_data(passes, seen, sample["target"], mask)
         if samples is None:
             terms = self._data_control(data)
-            values = control_values(terms, energy_steps(self.settings, data).mask)
+            values = control_values(terms, steps_with_energy(self.settings, data).mask)
         else:
             earm = self.objective(
                 self._contrast(data, self._score(passes.negatives, samples.tokens, samples.mask), samples)
@@ -156,7 +156,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _data_control(self, data: Scored):
         """The loss of the controls that have no negatives."""
-        steps = energy_steps(self.settings, data)
+        steps = steps_with_energy(self.settings, data)
         if self.control == "flat":
             return objectives.flat(steps, self.cfg.earm_control_weight)
         return objectives.likelihood(steps)

@@ -70,7 +70,7 @@ def control_values(terms: Tensor, steps: Tensor) -> dict:
 def watch_clipping(task, active: Callable[[], bool], clip_norm: float) -> None:
     """Log the gradient's norm, and the share of updates in which it was clipped, of the updates with E-ARM alone.
 
-    Under --earm-every they are N times as large as the others, whose average with them says little of either.
+    Under --earm-every they are N times as large as the others, so an average over both kinds describes neither.
     """
 
     def log_norm(norm: Tensor, optimizer) -> Tensor:

@@ -1,4 +1,4 @@
-"""A baseline for the history in E-ARM's negative phase, which removes most of its noise and none of its signal.
+"""A baseline for the history in E-ARM's negative phase: it removes most of the history's noise, none of its signal.
 
 The history part of the negative phase weighs the score ∇nll_l of every drawn token x_l by
 

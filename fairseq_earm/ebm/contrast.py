@@ -108,7 +108,7 @@ def history(nll: Tensor, mask: Tensor, recent_tokens: int) -> Tensor:
     return torch.stack(shifted).sum(0) if shifted else torch.zeros_like(nll)
 
 
-def energy_steps(settings: EarmSettings, scored: Scored) -> Steps:
+def steps_with_energy(settings: EarmSettings, scored: Scored) -> Steps:
     """The steps that carry the energy: all of them, or the last masked step of each row."""
     energies, mask, past = scored
     past = history(energies.nll if past is None else past, mask, settings.recent_tokens)
@@ -149,7 +149,7 @@ def contrast(
     if statistics is None:
         statistics = batch_statistics(settings, data.mask, negatives, sources=sources, limits=limits)
     baseline = _baseline(settings, statistics, negatives, limits, groups[1])
-    data_steps, model_steps = _same_length(energy_steps(settings, data), energy_steps(settings, negatives))
+    data_steps, model_steps = _same_length(steps_with_energy(settings, data), steps_with_energy(settings, negatives))
     if settings.rao_blackwell:
         model_steps = model_steps._replace(phi=-model_steps.logsumexp)
     statistics = statistics.up_to(data_steps.mask.size(1))

@@ -16,8 +16,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from fairseq_earm.ebm.contrast import EarmSettings, Scored, contrast
-from fairseq_earm.ebm.contrast import energy_steps as steps_of
+from fairseq_earm.ebm.contrast import EarmSettings, Scored, contrast, steps_with_energy
 from fairseq_earm.ebm.energy import TokenEnergies
 from fairseq_earm.ebm.objectives import EarmLoss, kl, likelihood
 from fairseq_earm.ebm.weights import StepStatistics
@@ -81,6 +80,5 @@ def nll_terms(
 
     Arguments as for `earm_loss`.
     """
-    return likelihood(
-        steps_of(EarmSettings(recent_tokens, energy_steps), Scored(positive, positive_mask, positive_history))
-    )
+    settings, data = EarmSettings(recent_tokens, energy_steps), Scored(positive, positive_mask, positive_history)
+    return likelihood(steps_with_energy(settings, data))

@@ -58,9 +58,9 @@ def nce(found: Contrast) -> EarmLoss:
 
     With d data rows and n negatives alive at step k, t = lse − log Z_k, Z_k the mean of exp(lse) over these negatives,
     the loss is Σ softplus(log(n/d) − t) on data + Σ softplus(t − log(n/d)) on negatives, beside the likelihood terms of
-    `likelihood`. It is bounded from below. For fixed q its optimum is t = log P_data(x_<k) − log q(x_<k), both
-    conditioned on being alive at k. Z_k is differentiated through: with Z_k held fixed, a shift of all lse would have a
-    gradient, and lse would drift.
+    `likelihood`. It is bounded from below. For fixed q and many negatives its optimum is t = log P_data(x_<k) −
+    log q(x_<k), both conditioned on being alive at k. Z_k is differentiated through: if it were held fixed, a shift of
+    all lse would have a gradient, and lse would drift. Data steps that no negative reaches are left out, as in `kl`.
     """
     data, model, statistics = found.data, found.negatives, found.statistics
     log_sum = grouped_log_sum_exp(model.logsumexp, model.mask, found.negative_group, statistics.data.size(0))
@@ -69,16 +69,16 @@ def nce(found: Contrast) -> EarmLoss:
     contrasted = model.mask & (statistics.data > 0)[found.negative_group]
     of_data = F.softplus(_logit(data, log_z, log_ratio, found.data_group, found.data_mask, sign=-1))
     of_negatives = F.softplus(_logit(model, log_z, log_ratio, found.negative_group, contrasted, sign=1))
-    positive = likelihood(data) + masked_sum(of_data, found.data_mask)
+    positive = likelihood(data._replace(mask=found.data_mask)) + masked_sum(of_data, found.data_mask)
     return _with_figures(found, positive, -masked_sum(of_negatives, contrasted))
 
 
 def noise(found: Contrast) -> EarmLoss:
-    """The control for `kl` that has its samples without its energy: log w = 0, and lse held fixed.
+    """The control for `kl` that has its samples without its energy: all weights are 1, and φ becomes the NLL.
 
-    φ is then the NLL, and vanishes where Rao-Blackwell replaced it. On average, and as far as negatives are drawn from
-    the q that is scored, it descends the likelihood of `likelihood`, given that each step is reached; to that comes the
-    noise of samples.
+    Nothing then depends on the free offset of the logits. Under Rao-Blackwell the negatives' φ vanishes. On average, and
+    as far as negatives are drawn from the q that is scored, it descends the likelihood of `likelihood`, given that each
+    step is reached. Samples add their noise.
     """
     data, model = found.data, found.negatives
     positive = masked_sum(data.history + data.phi + data.logsumexp, found.data_mask)

@@ -229,6 +229,10 @@ def test_clipping_is_logged_of_the_updates_that_have_earm():
         ),
         ({"earm_every": 0}, "--earm-every 0: give a number of updates of at least 1"),
         (
+            {"earm_control": "likelihood", "earm_dropout": "energy-off"},
+            "--earm-dropout energy-off: --earm-control likelihood has no energies",
+        ),
+        (
             {"earm_every": 2, "earm_cross_entropy": "replace"},
             "--earm-every 2: --earm-cross-entropy replace would leave the other updates",
         ),

@@ -34,5 +34,4 @@ def mutated(module, line: str, replacement: str) -> dict:
         own.update(
             {key: value for key, value in vars(copy).items() if getattr(value, "__module__", "") == copy.__name__}
         )
-    copies["earm"].steps_of = copies["contrast"].energy_steps
     return copies

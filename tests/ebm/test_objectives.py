@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fairseq_earm.ebm.contrast import EarmSettings, Scored, contrast, energy_steps
+from fairseq_earm.ebm.contrast import EarmSettings, Scored, contrast, steps_with_energy
 from fairseq_earm.ebm.earm import nll_terms
 from fairseq_earm.ebm.energy import TokenEnergies
 from fairseq_earm.ebm.objectives import OBJECTIVES, flat, kl, likelihood, nce, noise
@@ -159,7 +159,7 @@ def test_noise_is_kl_without_its_energy(settings):
     post = settings.get("energy_steps") == "post"
     loss = found(model, noise, negatives=negatives, **settings).loss
     steps = [
-        energy_steps(EarmSettings(**settings), Scored(*model.energies(*rows, post=post)))
+        steps_with_energy(EarmSettings(**settings), Scored(*model.energies(*rows, post=post)))
         for rows in ((DATA, DATA_SOURCES), negatives)
     ]
     expected = torch.zeros((), dtype=torch.float64)
@@ -206,16 +206,16 @@ def test_noise_and_likelihood_do_not_see_the_offsets():
 
 def test_flat_is_likelihood_and_the_variance_of_the_data_s_energies():
     model = TabularModel(seed=2)
-    steps = energy_steps(EarmSettings(), Scored(*model.energies(DATA, DATA_SOURCES)))
+    steps = steps_with_energy(EarmSettings(), Scored(*model.energies(DATA, DATA_SOURCES)))
     expected = likelihood(steps)
     for k in range(3):
         lse = steps.logsumexp[:, k][steps.mask[:, k]]
         expected = expected + 0.7 * len(lse) * lse.var(unbiased=False)
-    loss = flat(energy_steps(EarmSettings(), Scored(*model.energies(DATA, DATA_SOURCES))), 0.7)
+    loss = flat(steps_with_energy(EarmSettings(), Scored(*model.energies(DATA, DATA_SOURCES))), 0.7)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert relative_error(gradient(loss, model), gradient(expected, model)) < 1e-12
     level = TokenEnergies(torch.ones(2, 3), torch.zeros(2, 3))
-    steps = energy_steps(EarmSettings(), Scored(level, torch.ones(2, 3, dtype=torch.bool)))
+    steps = steps_with_energy(EarmSettings(), Scored(level, torch.ones(2, 3, dtype=torch.bool)))
     assert flat(steps, 9.0) == likelihood(steps)
 
 
