@@ -76,9 +76,9 @@ def nce(found: Contrast) -> EarmLoss:
 def noise(found: Contrast) -> EarmLoss:
     """The control for `kl` that has its samples without its energy: all weights are 1, and φ becomes the NLL.
 
-    Nothing then depends on the free offset of the logits. Under Rao-Blackwell the negatives' φ vanishes. On average, and
-    as far as negatives are drawn from the q that is scored, it descends the likelihood of `likelihood`, given that each
-    step is reached. Samples add their noise.
+    Nothing then depends on the free offset of the logits. Under Rao-Blackwell the negatives' φ vanishes. On average,
+    and as far as negatives are drawn from the q that is scored, it descends the likelihood of `likelihood`, given that
+    each step is reached. Samples add their noise.
     """
     data, model = found.data, found.negatives
     positive = masked_sum(data.history + data.phi + data.logsumexp, found.data_mask)
