@@ -16,8 +16,9 @@ from scipy import stats
 from tabulate import tabulate
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from steps import spread  # noqa: E402
 from worth_plan import BRANCHES, CONTROLS, CORPORA, Corpus  # noqa: E402
 
 TUNED_ONLY = ["branch, tuned and not judged", "rate", "validation joint NLL, tuning seeds"]
@@ -84,15 +85,6 @@ def holm(p_values: List[float]) -> List[float]:
     return corrected
 
 
-def spread(rows: List[dict], key: str, digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
 def corpus_table(name: str, results: Path) -> str:
     """Tuning and, where there are fresh seeds, the verdict of one corpus, as Markdown."""
     corpus, rows = CORPORA[name], finished(results / name)
@@ -117,9 +109,9 @@ def corpus_table(name: str, results: Path) -> str:
     lines = []
     for branch in judged:
         line = [branch + (" (best control)" if branch == control else ""), f"{best[branch][1]:g}", len(fresh[branch])]
-        line += [spread(fresh[branch], key) for key in ("nll", "joint_nll", "dv", "training_dv")]
+        line += [_spread(fresh[branch], key) for key in ("nll", "joint_nll", "dv", "training_dv")]
         line += [_shown(found.get((branch, kind)), corrected.get((branch, kind))) for kind in kinds]
-        lines.append(line + ([spread(fresh[branch], "bleu", 2)] if corpus.generate else []))
+        lines.append(line + ([_spread(fresh[branch], "bleu", 2)] if corpus.generate else []))
     headers = ["branch", "rate", "seeds", "test NLL", "test joint NLL", "test DV", "training DV"]
     headers += [f"{kind} − best control's" for kind in kinds] + (["BLEU"] if corpus.generate else [])
     tuned = [[branch, f"{rate:g}", f"{nll:.3f}"] for branch, (nll, rate) in best.items() if branch not in judged]
@@ -128,6 +120,10 @@ def corpus_table(name: str, results: Path) -> str:
         for table in ((lines, headers), (sorted(tuned, key=lambda line: line[2]), TUNED_ONLY))
         if table[0]
     )
+
+
+def _spread(rows: List[dict], key: str, digits: int = 3) -> str:
+    return spread([row[key] for row in rows if row.get(key) is not None], digits)
 
 
 def _shown(found: Optional[Difference], corrected: Optional[float]) -> str:

@@ -3,7 +3,7 @@
 import math
 
 from fairseq_earm.criterions.earm_config import EarmCrossEntropyConfig
-from fairseq_earm.ebm.objectives import CONTROLS, control_named
+from fairseq_earm.ebm.objectives import CONTROLS, WITHOUT_NEGATIVES, control_named
 from fairseq_earm.errors import UsageError
 
 
@@ -51,9 +51,13 @@ def check_effect(cfg, without_effect) -> None:
             )
 
 
+def _truncates(cfg) -> bool:
+    """Whether samples come from another distribution than the softmax."""
+    return cfg.earm_sampling_topk != -1 or cfg.earm_sampling_topp != -1 or cfg.earm_sampling_temperature != 1
+
+
 def _problems(cfg):
     """Triples of a condition that must not hold, its flag and the remedy."""
-    truncates = cfg.earm_sampling_topk != -1 or cfg.earm_sampling_topp != -1 or cfg.earm_sampling_temperature != 1
     return [
         (not 0 <= cfg.earm_weight < math.inf, "--earm-weight", "give a finite weight of at least 0"),
         *_schedule_problems(cfg),
@@ -68,7 +72,7 @@ def _problems(cfg):
         (
             cfg.earm_negatives == 1
             and cfg.earm_normalizer == "source"
-            and control_named(cfg.earm_control) not in ("likelihood", "flat"),
+            and control_named(cfg.earm_control) not in WITHOUT_NEGATIVES,
             "--earm-negatives",
             "one negative per source makes every weight 1 under --earm-normalizer source; give at least 2, or use "
             "batch",
@@ -87,7 +91,7 @@ def _problems(cfg):
             "gives negatives no token; give at least 1",
         ),
         (
-            truncates and cfg.earm_sampler != "generator",
+            _truncates(cfg) and cfg.earm_sampler != "generator",
             "--earm-sampler",
             "top-k, top-p and temperature need --earm-sampler generator; the ancestral sampler draws from the softmax "
             "itself",
@@ -120,7 +124,6 @@ def _problems(cfg):
 def _objective_problems(cfg):
     """The same of flags that say what is descended."""
     control, nce = control_named(cfg.earm_control), cfg.earm_objective == "nce"
-    truncates = cfg.earm_sampling_topk != -1 or cfg.earm_sampling_topp != -1 or cfg.earm_sampling_temperature != 1
     needs_score = cfg.earm_objective == "kl" and control in ("none", "noise")
     return [
         (
@@ -145,7 +148,7 @@ def _objective_problems(cfg):
             "no effect without --earm-control flat; give both, or neither",
         ),
         (
-            needs_score and truncates and cfg.earm_variance_reduction == "full",
+            needs_score and _truncates(cfg) and cfg.earm_variance_reduction == "full",
             "--earm-variance-reduction",
             "its baseline needs samples of the softmax itself, without top-k, top-p or a temperature; give none, or "
             "leave those out",

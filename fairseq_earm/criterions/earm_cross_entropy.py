@@ -94,7 +94,7 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _draws(self) -> bool:
         """Whether the loss needs negatives."""
-        return self.control not in ("likelihood", "flat")
+        return self.control not in objectives.WITHOUT_NEGATIVES
 
     def _shares_normalizer(self) -> bool:
         """Whether the step under way has negatives whose weights are normalised over all workers."""
@@ -171,14 +171,14 @@ class EarmCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         return contrast(self.settings, data, negatives, **rows, statistics=statistics, log_normalizer=log_normalizer)
 
     def _shared(self, steps, own):
-        """Statistics of all workers' negatives, and the moving normaliser."""
+        """Statistics of all workers' negatives, and the moving normaliser; None of each where a batch has its own."""
         if not self._shares_normalizer():
-            return own(steps=steps), None
+            return None, None
         if not self.clock.dummy:
             return self.workers.join(steps, lambda longest: own(steps=longest)), self.moving_normalizer
         # It counts for nobody; and its loss, which fairseq multiplies by zero, is finite by its own weights alone.
         self.workers.join(1, functools.partial(empty_statistics, self.settings))
-        return own(steps=steps), None
+        return None, None
 
     def _move_normalizer(self, everyone) -> None:
         """With --earm-normalizer-ema: average the normaliser of all workers over updates, remembered across a resume."""

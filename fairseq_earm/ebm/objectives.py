@@ -103,6 +103,7 @@ def flat(data: Steps, strength: float) -> Tensor:
 
 OBJECTIVES: Dict[str, Callable[[Contrast], EarmLoss]] = {"kl": kl, "nce": nce}
 CONTROLS = ("likelihood", "noise", "flat")
+WITHOUT_NEGATIVES = ("likelihood", "flat")
 # Version 0.1 had one control and stored True or False.
 STORED_CONTROLS = {"True": "likelihood", "False": "none", "None": "none"}
 

@@ -256,4 +256,4 @@ def test_flags_that_contradict_each_other_are_refused(flags, message):
     ],
 )
 def test_what_does_no_harm_is_taken(flags):
-    build(tiny_model(), **flags)
+    assert build(tiny_model(), **flags).cfg.earm_weight > 0
